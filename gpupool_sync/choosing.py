@@ -1,0 +1,178 @@
+"""Which cards would do: the filter pipeline, in which every card that drops out leaves its reason.
+
+Pure functions over snapshots: no clock, no lock, no store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import attrs
+
+from gpupool_sync.models import Card, GPUReading, GPURequest, Reason, Snapshot
+
+
+@attrs.frozen
+class Limits:
+    """Percentages at or above which a reading speaks against its card."""
+
+    memory_threshold: float
+    utilization_threshold: float
+
+
+@attrs.frozen
+class Screened:
+    """One snapshot seen through one request."""
+
+    #: Cards that would do, the least loaded first.
+    eligible: tuple[Card, ...]
+    #: Cards that would do if their reading did not speak against them.
+    vetoed: tuple[tuple[Card, Reason], ...]
+    #: Cards that the request does not want, whatever their reading.
+    unwanted: tuple[tuple[Card, Reason], ...]
+
+    @property
+    def possible(self) -> int:
+        """How many cards could satisfy the request some day."""
+        return len(self.eligible) + len(self.vetoed)
+
+
+def unwanted(card: Card, request: GPURequest, *, url: str, is_local: bool) -> Reason | None:
+    """Why the request can never want this card; None if it can."""
+    reading = card.reading
+    if request.local and not is_local:
+        return Reason("filter:local", "not in this machine, and local=True was asked for")
+    if request.endpoint and card.endpoint_id not in request.endpoint and url not in request.endpoint:
+        return Reason("filter:endpoint", f"not at {_listed(request.endpoint)}")
+    if request.uuid and not _names_uuid(request.uuid, reading.uuid):
+        return Reason("filter:uuid", "not the card that uuid= names")
+    if request.exclude and (
+        card.global_gpu_id in request.exclude
+        or card.endpoint_id in request.exclude
+        or _names_uuid(request.exclude, reading.uuid)
+    ):
+        return Reason("filter:exclude", "excluded by the request")
+    if request.model is not None and request.model not in reading.name.casefold():
+        return Reason("filter:model", f"is a {reading.name}, not a {request.model}")
+    for asked, what in ((request.min_free_memory_mb, "min_free_memory_mb"), (request.memory_mb, "memory_mb")):
+        if asked is None:
+            continue
+        if reading.memory_total_mb is None:
+            return Reason("filter:memory", f"its server tells no memory in MiB, which {what} needs")
+        if reading.memory_total_mb < asked:
+            return Reason("filter:memory", f"has {reading.memory_total_mb:.0f} MiB in all, {what}={asked:.0f}")
+    return None
+
+
+def veto(card: Card, request: GPURequest, limits: Limits, *, is_local: bool) -> Reason | None:
+    """Why the reading speaks against the card now; None if it does not. What is unknown does not veto."""
+    reading = card.reading
+    if request.max_utilization_percent is not None:
+        busy = reading.utilization_percent
+        if busy is None:
+            return Reason("utilization", "its utilization is unknown, and max_utilization_percent was asked for")
+        if busy > request.max_utilization_percent:
+            return Reason("utilization", f"utilization {busy:.0f} % is over {request.max_utilization_percent:g} %")
+    if request.min_free_memory_mb is not None:
+        free = reading.memory_free_mb
+        if free is None or free < request.min_free_memory_mb:
+            told = "unknown" if free is None else f"{free:.0f} MiB"
+            return Reason("memory", f"free memory is {told}, {request.min_free_memory_mb:.0f} MiB were asked for")
+    if request.memory_mb is not None:
+        return None  # shared by memory: not the reading counts but the sum, see `room_mb`
+    foreign = _foreign_process(reading, is_local) if not request.busy_ok else None
+    if foreign is not None:
+        return Reason("foreign-process", f"used outside the pool: {foreign}")
+    used, busy = reading.memory_usage_percent, reading.utilization_percent
+    if used is not None and used >= limits.memory_threshold:
+        return Reason("memory", f"memory usage {used:.0f} % is at or above {limits.memory_threshold:g} %")
+    if busy is not None and busy >= limits.utilization_threshold:
+        return Reason("utilization", f"utilization {busy:.0f} % is at or above {limits.utilization_threshold:g} %")
+    return None
+
+
+def _foreign_process(reading: GPUReading, is_local: bool) -> str | None:
+    others = [
+        process
+        for process in reading.processes or ()
+        # Our own CUDA context outlives a lease (a notebook that asks again): it is no stranger.
+        if not (is_local and process.pid == os.getpid())
+    ]
+    if not others:
+        return None
+    return str(others[0]) + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+
+
+def room_mb(reading: GPUReading, leased_mb: float) -> float | None:
+    """
+    MiB that all shares of a card may sum up to: its memory less what foreign processes use.
+
+    What is used beyond the shares that are leased is foreign.  None where the memory is unknown.
+    """
+    if reading.memory_total_mb is None or reading.memory_used_mb is None:
+        return reading.memory_total_mb
+    return reading.memory_total_mb - max(0.0, reading.memory_used_mb - leased_mb)
+
+
+def screen(snapshot: Snapshot, request: GPURequest, limits: Limits) -> Screened:
+    """Put each card of the snapshot through the filters."""
+    eligible: list[Card] = []
+    vetoed: list[tuple[Card, Reason]] = []
+    dropped: list[tuple[Card, Reason]] = []
+    for card in snapshot.cards:
+        reason = unwanted(card, request, url=snapshot.url, is_local=snapshot.is_local)
+        if reason is not None:
+            dropped.append((card, reason))
+            continue
+        reason = veto(card, request, limits, is_local=snapshot.is_local)
+        if reason is not None:
+            vetoed.append((card, reason))
+        else:
+            eligible.append(card)
+    eligible.sort(key=_load)
+    return Screened(tuple(eligible), tuple(vetoed), tuple(dropped))
+
+
+def usable(
+    screened: Screened,
+    snapshot: Snapshot,
+    *,
+    is_held: Callable[[str], bool],
+    released_at: Callable[[str], float | None],
+    shared: bool,
+) -> Iterator[tuple[Card, Reason | None, bool]]:
+    """
+    Each possible card with the veto that stands against it now (None: it would do) and whether it is held.
+
+    A veto falls when the card was released after the sample: the reading shows the last holder's job.  Of a held
+    card the reading shows its holder; so it does not count there either, but the lease does.
+    """
+    for card in screened.eligible:
+        yield card, None, is_held(card.key)
+    taken_at = snapshot.sample.taken_at
+    for card, reason in screened.vetoed:
+        if is_held(card.key):
+            explained = not shared or reason.code == "foreign-process"
+            yield card, None if explained else reason, True
+            continue
+        released = released_at(card.key)
+        yield card, None if released is not None and released > taken_at else reason, False
+
+
+def _load(card: Card) -> float:
+    return card.reading.load
+
+
+def _names_uuid(names: tuple[str, ...], uuid: str | None) -> bool:
+    if uuid is None:
+        return False
+    # As CUDA does: a beginning is enough, if it is more than the prefix that every UUID has.
+    return any(
+        uuid == name or (len(name) > 6 and name.startswith(("GPU-", "MIG-")) and uuid.startswith(name))
+        for name in names
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,360 @@
+"""One endpoint: where its statistics come from, its breaker, its health, its numbers.
+
+Every error of a library or a server becomes ours here or in `transport`, once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import random
+import re
+import socket
+import threading
+from collections import deque
+from typing import Protocol
+
+import attrs
+import pybreaker
+
+from gpupool_sync import devices, wire
+from gpupool_sync.clock import Deadline, boottime
+from gpupool_sync.config import Endpoint, Settings
+from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
+from gpupool_sync.models import Card, Sample, Snapshot, card_key
+from gpupool_sync.transport import Transport, retry_after
+
+logger = logging.getLogger(__name__)
+
+#: Response times are the mean of so many last successes.
+KEPT_RESPONSES = 100
+#: A reintroduced endpoint starts with this share of the decisions it would get.
+FIRST_SHARE = 0.1
+#: pybreaker would end the open period by the wall clock, which steps; the monitor ends it by the monotonic one.
+_NEVER = 100 * 365 * 86400.0
+
+
+class Source(Protocol):
+    """Where an endpoint's samples come from."""
+
+    def fetch(self, deadline: Deadline) -> Sample: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+    def forget_after_fork(self) -> None: ...
+
+
+class TooManyRequests(EndpointUnavailable):
+    """The server is alive and asks for patience: no sign of sickness."""
+
+
+class HTTPSource:
+    """A statistics server."""
+
+    def __init__(self, endpoint: Endpoint, *, max_retries: int) -> None:
+        self._id = endpoint.id
+        self._transport = Transport(endpoint, max_retries=max_retries)
+
+    def fetch(self, deadline: Deadline) -> Sample:
+        answer = self._transport.get("/gpu/summary", deadline)
+        if answer.status != 200:
+            wait = retry_after(answer)
+            kind = TooManyRequests if answer.status == 429 else EndpointUnavailable
+            asked = f" and asks to be left alone for {wait:g} s" if wait is not None else ""
+            raise kind(self._id, f"answered with status {answer.status}{asked}", wait)
+        arrived = boottime()
+        age, problem = _sample_age(answer.headers.get(wire.AGE_HEADER))
+        sample = wire.parse_summary(answer.body, endpoint_id=self._id, taken_at=arrived - age)
+        return attrs.evolve(sample, problems=(*sample.problems, problem)) if problem else sample
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def forget_after_fork(self) -> None:
+        self._transport.forget_after_fork()
+
+
+def _sample_age(text: str | None) -> tuple[float, str | None]:
+    """Seconds since the server took the sample; without the header, as old as its way here."""
+    if text is None:
+        return 0.0, None
+    try:
+        age = float(text)
+    except ValueError:
+        age = math.nan
+    if not 0.0 <= age < math.inf:
+        # A server that claims an age and garbles it may be serving anything: too old to grant from.
+        return math.inf, f"the header {wire.AGE_HEADER} is not an age in seconds"
+    return age, None
+
+
+class DeviceSource:
+    """This machine's own cards, read without a server."""
+
+    def __init__(self) -> None:
+        self._reader: devices.Reader | None = None
+
+    @property
+    def description(self) -> str:
+        return self._reader.description if self._reader is not None else "not read yet"
+
+    def fetch(self, deadline: Deadline) -> Sample:
+        if self._reader is None:
+            self._reader = devices.open_reader()
+        left = deadline.remaining()
+        return self._reader.read(10.0 if left is None else left)
+
+    def abort(self) -> None:
+        """A driver call cannot be interrupted; its thread is a daemon and is left behind."""
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def forget_after_fork(self) -> None:
+        # NVML is not fork-safe; the child opens its own at its first poll.
+        self._reader = None
+
+
+@attrs.frozen
+class Numbers:
+    """An endpoint's counters at one moment; times in seconds but where the name says otherwise."""
+
+    successes: int = 0
+    failures: int = 0
+    consecutive_failures: int = 0
+    response_time_ms: float | None = None
+    last_seen: datetime.datetime | None = None  # aware, UTC
+    last_error: str | None = None
+    breaker: str = "closed"
+    breaker_changes: int = 0
+    healthy: bool = False
+    reintroduced: float = 1.0  # share of the decisions it gets, 0 to 1
+
+    @property
+    def success_rate(self) -> float | None:
+        polls = self.successes + self.failures
+        return self.successes / polls if polls else None
+
+
+class _Listener(pybreaker.CircuitBreakerListener):
+    def __init__(self, owner: PolledEndpoint) -> None:
+        self._owner = owner
+
+    def state_change(self, cb: object, old_state: object, new_state: object) -> None:
+        self._owner._breaker_changed(getattr(new_state, "name", str(new_state)))
+
+
+class PolledEndpoint:
+    """
+    One endpoint with its breaker, health and response times.
+
+    `poll` is called by one thread at a time (the monitor sees to it); everything else from any thread.
+    """
+
+    def __init__(self, id: str, url: str, source: Source, settings: Settings, *, local: bool | None) -> None:
+        self.id = id
+        self.url = url
+        self.draining = False
+        self._source = source
+        self._local = local
+        self._timeout = settings.endpoint_timeout
+        self._poll_interval = settings.poll_interval
+        self._longest_pause = max(settings.health_check_interval, settings.poll_interval)
+        self._breaker_failures = settings.breaker_failures
+        self._make_locks()
+        self._numbers = Numbers()
+        self._responses: deque[float] = deque(maxlen=KEPT_RESPONSES)  # seconds
+        self._recovered_at: float | None = None
+        self._opened = 0  # probes that failed in a row since the breaker opened
+
+    def _make_locks(self) -> None:
+        # Guards _numbers, _responses, _recovered_at and _opened: counting only, no I/O, no logging.
+        self._lock = threading.Lock()
+        self._breaker = pybreaker.CircuitBreaker(
+            fail_max=self._breaker_failures,
+            reset_timeout=_NEVER,
+            # The real error also on the call that trips.
+            throw_new_error_on_trip=False,
+            listeners=[_Listener(self)],
+            name=self.id,
+        )
+
+    @property
+    def description(self) -> str:
+        """Where the readings come from, for people."""
+        return getattr(self._source, "description", self.url)
+
+    @property
+    def open(self) -> bool:
+        """Whether the breaker keeps callers away (also while a probe is under way)."""
+        return self._numbers.breaker != "closed"
+
+    @property
+    def sick(self) -> bool:
+        """Whether the last poll failed: such endpoints are polled apart, so that they cannot starve the others."""
+        return self._numbers.consecutive_failures > 0
+
+    def numbers(self) -> Numbers:
+        """The counters, as one consistent value."""
+        with self._lock:
+            numbers = self._numbers
+            responses = list(self._responses)
+        mean = 1000.0 * sum(responses) / len(responses) if responses else None
+        return attrs.evolve(numbers, response_time_ms=mean, reintroduced=self.reintroduced())
+
+    def reintroduced(self) -> float:
+        """The share of its decisions that the endpoint gets, 0 to 1: less than 1 for a while after a recovery."""
+        recovered_at = self._recovered_at
+        if recovered_at is None:
+            return 1.0
+        share = FIRST_SHARE + (1 - FIRST_SHARE) * (boottime() - recovered_at) / self._longest_pause
+        return min(1.0, share)
+
+    # -- polling -----------------------------------------------------------------------------------------------
+
+    def poll(self) -> Snapshot:
+        """
+        Read the endpoint once, within `endpoint_timeout`.
+
+        Raises:
+            EndpointUnavailable: the server is down, slow or turns us away.
+            BadAnswer: it answered, but not with GPU statistics.
+        """
+        if self.open:
+            # The open period is over when the monitor polls again. That poll is the only probe: polls of one
+            # endpoint never overlap, and lease requests go by `open`, which stays True until the probe succeeded.
+            self._breaker.half_open()
+        begin = boottime()
+        deadline = Deadline.after(self._timeout)
+        patience: TooManyRequests | None = None
+        sample: Sample | None = None
+        try:
+            # calling() does not hold the breaker's lock during the I/O, call() does.
+            with self._breaker.calling():
+                try:
+                    sample = self._source.fetch(deadline)
+                except TooManyRequests as exc:
+                    patience = exc
+        except GPUPoolError as exc:
+            self._failed(exc)
+            raise
+        except Exception as exc:
+            failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
+            self._failed(failure)
+            raise failure from exc
+        if sample is None:
+            assert patience is not None
+            self._failed(patience)
+            raise patience
+        now = boottime()
+        self._succeeded(now - begin)
+        return self._snapshot(sample, now)
+
+    def _snapshot(self, sample: Sample, now: float) -> Snapshot:
+        local = self._local
+        if local is None:
+            here = devices.host_identity()
+            local = sample.host is not None and not sample.host.simulated and sample.host.id == here.id
+        cards = tuple(
+            Card(key=card_key(self.url, reading), endpoint_id=self.id, reading=reading) for reading in sample.gpus
+        )
+        return Snapshot(endpoint_id=self.id, url=self.url, sample=sample, cards=cards, received_at=now, is_local=local)
+
+    def _succeeded(self, elapsed: float) -> None:
+        with self._lock:
+            before = self._numbers
+            self._responses.append(elapsed)
+            self._opened = 0
+            self._numbers = attrs.evolve(
+                before,
+                successes=before.successes + 1,
+                consecutive_failures=0,
+                last_seen=datetime.datetime.now(datetime.timezone.utc),
+                last_error=None,
+                healthy=True,
+            )
+        if before.consecutive_failures and not before.breaker_changes:
+            logger.info("endpoint %s answers again", self.id)
+
+    def _failed(self, error: GPUPoolError) -> None:
+        text = error.message if isinstance(error, (EndpointUnavailable, BadAnswer)) else str(error)
+        with self._lock:
+            before = self._numbers
+            if before.breaker != "closed":
+                self._opened += 1
+            self._numbers = attrs.evolve(
+                before,
+                failures=before.failures + 1,
+                consecutive_failures=before.consecutive_failures + 1,
+                last_error=text,
+                healthy=False,
+            )
+        if not before.consecutive_failures:
+            logger.info("poll of endpoint %s failed: %s", self.id, text)
+
+    def _breaker_changed(self, state: str) -> None:
+        with self._lock:
+            before = self._numbers.breaker
+            self._numbers = attrs.evolve(
+                self._numbers, breaker=state, breaker_changes=self._numbers.breaker_changes + 1
+            )
+            if state == "closed" and before != "closed":
+                self._recovered_at = boottime()
+            error = self._numbers.last_error
+        if state == "open" and before == "closed":
+            logger.warning("endpoint %s is down, its breaker is open: %s", self.id, error or "polls failed")
+        elif state == "closed" and before != "closed":
+            logger.warning("endpoint %s is back", self.id)
+
+    def pause(self, retry_after: float | None = None) -> float:
+        """
+        Seconds until the next poll is due.
+
+        The one back-off there is: a closed breaker's endpoint is polled at the poll interval; an open one's is
+        probed at a period that doubles, with jitter, from the poll interval to the health check interval.  What the
+        server asked for (`Retry-After`, capped by the transport) moves the poll further away.
+        """
+        pause = self._poll_interval
+        if self.open:
+            pause = min(self._longest_pause, self._poll_interval * 2.0 ** min(self._opened, 30))
+            # Down to three quarters, never up: the health check interval is a promise.
+            pause *= random.uniform(0.75, 1.0)  # noqa: S311 - jitter, no secret
+        return max(pause, retry_after or 0.0)
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Make a poll that is under way on another thread fail at once."""
+        self._source.abort()
+
+    def close(self) -> None:
+        """Let go of connections; idempotent."""
+        self._source.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: new locks and connections; the parent's are its own."""
+        numbers = self._numbers
+        self._make_locks()
+        self._numbers = attrs.evolve(numbers, breaker="closed", consecutive_failures=0)
+        self._source.forget_after_fork()
+
+
+def local_endpoint_id() -> str:
+    """The id of this machine's own cards when they are read without a server: its short host name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname().split(".")[0]) or "localhost"
+
+
+def make_endpoint(endpoint: Endpoint, settings: Settings) -> PolledEndpoint:
+    """The endpoint that a statistics server is."""
+    source = HTTPSource(endpoint, max_retries=settings.endpoint_max_retries)
+    return PolledEndpoint(endpoint.id, endpoint.url, source, settings, local=endpoint.local)
+
+
+def make_local_endpoint(settings: Settings) -> PolledEndpoint:
+    """The endpoint that this machine is when none is configured."""
+    return PolledEndpoint(local_endpoint_id(), "local:", DeviceSource(), settings, local=True)

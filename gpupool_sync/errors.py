@@ -1,0 +1,80 @@
+"""Every error this package raises on purpose, and its one warning about exclusivity.
+
+Arguments go to ``super().__init__``, so every error pickles without help.
+"""
+
+from __future__ import annotations
+
+
+class GPUPoolError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(GPUPoolError, ValueError):
+    """A setting, argument or environment variable has a value that cannot be used."""
+
+
+class MissingExtra(GPUPoolError, ImportError):
+    """A part that needs an optional dependency was used without it; the message has the pip line."""
+
+
+class PoolClosed(GPUPoolError):
+    """The pool was closed, before the call or while it waited."""
+
+
+class TooManyWaiting(GPUPoolError):
+    """`max_waiting` callers wait already; this one was turned away at once."""
+
+
+class NoSuchGPU(GPUPoolError):
+    """
+    No configured endpoint has a GPU that could ever satisfy the request.
+
+    Raised only when every endpoint has answered, so that it is a fact and not a guess.
+    """
+
+
+class AcquireTimeout(GPUPoolError, TimeoutError):
+    """No suitable GPU became free within the caller's timeout; the message says why, card by card."""
+
+
+class LeaseLost(GPUPoolError):
+    """The lease is gone: it expired, was revoked, or its arbiter could not confirm it in time."""
+
+
+class LeaseStoreError(GPUPoolError):
+    """The arbiter of a card could not be asked, or broke its contract; nothing was granted."""
+
+
+class RemoteGPUError(GPUPoolError, RuntimeError):
+    """The GPU is on another host, so this process cannot use it as a CUDA device."""
+
+
+class EndpointUnavailable(GPUPoolError):
+    """An endpoint could not be read; `endpoint_id` says which, `__cause__` why."""
+
+    def __init__(self, endpoint_id: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(endpoint_id, message, retry_after)
+        self.endpoint_id = endpoint_id
+        self.message = message
+        #: Seconds the server asked us to stay away, already capped; None if it did not ask.
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.endpoint_id}: {self.message}"
+
+
+class BadAnswer(GPUPoolError):
+    """An endpoint answered, but not with GPU statistics; `message` says what is wrong with the answer."""
+
+    def __init__(self, endpoint_id: str, message: str) -> None:
+        super().__init__(endpoint_id, message)
+        self.endpoint_id = endpoint_id
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.endpoint_id}: {self.message}" if self.endpoint_id else self.message
+
+
+class ExclusivityWarning(UserWarning):
+    """A card of another machine is guarded among fewer than everybody who can reach it."""

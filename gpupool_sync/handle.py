@@ -1,0 +1,456 @@
+"""What a caller holds: a GPU, or several of one host.
+
+A handle keeps a `Tie` alive; the pool watches the tie through a weak reference made *before* the claim.  So a claim
+whose caller was interrupted before it got the handle is noticed and undone, wherever the interrupt fell.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError
+from gpupool_sync.models import Card, Snapshot
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from gpupool_sync.leases.base import Lease, LeaseStore
+
+
+class Grant:
+    """What the pool knows of one claim: outlives the handles, never refers to them."""
+
+    __slots__ = (
+        "__weakref__",
+        "asked",
+        "asked_at",
+        "begun_at",
+        "cards",
+        "children",
+        "delivered",
+        "id",
+        "lease",
+        "lost",
+        "note",
+        "on_lost",
+        "pid",
+        "place",
+        "released",
+        "snapshot",
+        "store",
+        "tie_ref",
+    )
+
+    def __init__(self, id: str, note: str | None) -> None:
+        self.id = id
+        self.note = note
+        self.pid = os.getpid()
+        self.lease: Lease | None = None
+        self.store: LeaseStore | None = None
+        self.asked: list[LeaseStore] = []  # arbiters that have heard the id
+        self.cards: tuple[Card, ...] = ()
+        self.snapshot: Snapshot | None = None
+        self.delivered = False  # the caller has the handle
+        self.released = False
+        self.lost: str | None = None  # why the lease is gone though nobody released it
+        self.place = ""  # file and line of the acquire, for warnings
+        self.asked_at = 0.0  # time.monotonic()
+        self.begun_at = 0.0  # time.monotonic() of the grant
+        self.children: list[subprocess.Popen[Any]] = []
+        self.on_lost: Callable[[Any], object] | None = None
+        self.tie_ref: object = None
+
+
+class Tie:
+    """Dies when nobody can use or release the lease through a handle any more."""
+
+    __slots__ = ("__weakref__", "grant")
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+
+
+class Owner(Protocol):
+    """The pool, as a handle sees it."""
+
+    def release(self, gpu: Any) -> None: ...
+
+
+class _Handle:
+    """What a GPU and several GPUs have in common."""
+
+    __slots__ = ("_pool", "_tie")
+
+    def __init__(self, pool: Owner, tie: Tie) -> None:
+        self._pool = pool
+        self._tie = tie
+
+    @property
+    def _lease(self) -> Lease:
+        lease = self._tie.grant.lease
+        assert lease is not None
+        return lease
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        snapshot = self._tie.grant.snapshot
+        assert snapshot is not None
+        return snapshot
+
+    @property
+    def _all_cards(self) -> tuple[Card, ...]:
+        return self._tie.grant.cards
+
+    @property
+    def endpoint_id(self) -> str:
+        """The endpoint whose server told us of the GPU."""
+        return self._snapshot.endpoint_id
+
+    @property
+    def url(self) -> str:
+        """The endpoint's URL, without credentials; ``local:`` for this machine read directly."""
+        return self._snapshot.url
+
+    @property
+    def host(self) -> str:
+        """The name of the machine that the GPU is in."""
+        if self._snapshot.sample.host is not None:
+            return self._snapshot.sample.host.name
+        from urllib.parse import urlsplit
+
+        return urlsplit(self._snapshot.url).hostname or self.endpoint_id
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the GPU is in this very machine, so that this process can compute on it."""
+        return self._snapshot.is_local
+
+    @property
+    def fencing_token(self) -> int:
+        """Larger than that of any earlier lease on the GPU: hand it to whatever must refuse late writers."""
+        return self._lease.token
+
+    @property
+    def scope(self) -> str:
+        """Among whom the lease excludes: "process", "host" or "everybody"."""
+        store = self._tie.grant.store
+        return store.scope if store is not None else "process"
+
+    @property
+    def released(self) -> bool:
+        """Whether the lease was given back."""
+        return self._tie.grant.released
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is gone though nobody released it. Final: a lost handle never becomes good again."""
+        return self._tie.grant.lost is not None
+
+    def check(self) -> None:
+        """
+        Go on only while the GPU is still ours.
+
+        Raises:
+            LeaseLost: the lease was lost, or has been released.
+        """
+        grant = self._tie.grant
+        if grant.lost is not None:
+            raise LeaseLost(f"the lease on {self._names()} is lost: {grant.lost}")
+        if grant.released:
+            raise LeaseLost(f"the lease on {self._names()} was released before")
+
+    def release(self) -> None:
+        """Give the GPU back; idempotent. While a child of `popen` still runs on it, it is given back at its end."""
+        self._pool.release(self)
+
+    def _names(self) -> str:
+        return ", ".join(card.global_gpu_id for card in self._all_cards)
+
+    # -- using it ----------------------------------------------------------------------------------------------
+
+    def env(self, visible: str | None = None) -> dict[str, str]:
+        """
+        The environment variables that mask a process to exactly these GPUs (never a lease).
+
+        `CUDA_DEVICE_ORDER` comes with `CUDA_VISIBLE_DEVICES` or not at all: NVML counts in PCI order, CUDA by
+        default the fastest first, so an index alone can name another card.
+
+        Args:
+            visible: "uuid" (default) or "index", for programs that parse integers; also `GPU_POOL_VISIBLE`.
+
+        Raises:
+            ConfigError: *visible* or the variable is neither.
+        """
+        visible = visible or os.environ.get("GPU_POOL_VISIBLE") or "uuid"
+        if visible not in ("uuid", "index"):
+            raise ConfigError(f"GPU_POOL_VISIBLE or visible={visible!r}: uuid or index is allowed")
+        names = [
+            card.reading.uuid if visible == "uuid" and card.reading.uuid else str(card.reading.local_gpu_id)
+            for card in self._all_cards
+        ]
+        mask = ",".join(names)
+        return {
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": mask,
+            "NVIDIA_VISIBLE_DEVICES": mask,
+        }
+
+    def _require_local(self, command: Sequence[str]) -> None:
+        if self.is_local:
+            return
+        masked = " ".join(f"{name}={value}" for name, value in self.env().items() if name.startswith("CUDA"))
+        raise RemoteGPUError(
+            f"{self._names()} is in {self.host}, not in this machine, so this process cannot compute on it. "
+            f"There it would be: ssh {shlex.quote(self.host)} env {masked} {shlex.join(command)}"
+        )
+
+    def activate(self) -> str:
+        """
+        Make these the GPUs that CUDA sees in this process, and return the first one's name, such as ``"cuda:0"``.
+
+        Where CUDA is not initialised yet the process is masked; where it is, a mask would be silently ignored, so
+        nothing is changed and the name is found among the visible devices.
+
+        Raises:
+            RemoteGPUError: the GPU is in another machine; the message has the command to run there.
+            LeaseLost: the lease is gone.
+            GPUPoolError: this process is masked to another lease of its own, or CUDA was initialised without
+                seeing this GPU.
+        """
+        self.check()
+        self._require_local(_this_command())
+        return _mask.activate(self)
+
+    @property
+    def device(self) -> str:
+        """
+        The first GPU's name for CUDA under this process's present mask, such as ``"cuda:0"``; changes nothing.
+
+        Raises:
+            RemoteGPUError: the GPU is in another machine.
+            GPUPoolError: the present mask hides it; `activate` it first.
+        """
+        self._require_local(_this_command())
+        return _position(self._all_cards[0], self._names())
+
+    def run(self, command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[Any]:
+        """
+        `subprocess.run` with the command masked to these GPUs.
+
+        Raises:
+            RemoteGPUError: the GPU is in another machine.
+            LeaseLost: the lease is gone.
+        """
+        import subprocess
+
+        self.check()
+        self._require_local(command)
+        return subprocess.run(list(command), env=self._masked(kwargs), **kwargs)  # noqa: PLW1510 - the caller's to choose
+
+    def popen(self, command: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
+        """
+        `subprocess.Popen` with the command masked to these GPUs, which stay leased until it ends.
+
+        Raises:
+            RemoteGPUError: the GPU is in another machine.
+            LeaseLost: the lease is gone.
+        """
+        import subprocess
+
+        self.check()
+        self._require_local(command)
+        process = subprocess.Popen(list(command), env=self._masked(kwargs), **kwargs)
+        self._tie.grant.children.append(process)
+        return process
+
+    def _masked(self, kwargs: dict[str, Any]) -> dict[str, str]:
+        given: Mapping[str, str] | None = kwargs.pop("env", None)
+        return {**(os.environ if given is None else given), **self.env()}
+
+
+def _this_command() -> list[str]:
+    program = sys.argv[0] if sys.argv else ""
+    if not program or program == "-c":
+        return ["python", "your_script.py"]
+    return [*(["python"] if program.endswith(".py") else []), program, *sys.argv[1:]]
+
+
+class GPU(_Handle):
+    """One GPU that is ours until `release`."""
+
+    __slots__ = ("_card",)
+
+    def __init__(self, pool: Owner, tie: Tie, card: Card) -> None:
+        super().__init__(pool, tie)
+        self._card = card
+
+    @property
+    def _all_cards(self) -> tuple[Card, ...]:
+        return (self._card,)
+
+    @property
+    def global_gpu_id(self) -> str:
+        """``endpoint_id:local_gpu_id``, such as ``server1:0``."""
+        return self._card.global_gpu_id
+
+    @property
+    def local_gpu_id(self) -> int:
+        """The GPU's number on its host, in PCI order as nvidia-smi counts."""
+        return self._card.reading.local_gpu_id
+
+    @property
+    def uuid(self) -> str | None:
+        """The GPU's UUID; None where its server tells none."""
+        return self._card.reading.uuid
+
+    @property
+    def name(self) -> str:
+        """The GPU's model."""
+        return self._card.reading.name
+
+    @property
+    def memory_total_mb(self) -> float | None:
+        """MiB of memory in all; None where its server does not tell."""
+        return self._card.reading.memory_total_mb
+
+    def __enter__(self) -> GPU:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        state = "lost" if self.lost else "released" if self.released else "held"
+        return f"<GPU {self.global_gpu_id} ({self.name}), {state}>"
+
+
+class GPUs(_Handle, Sequence[GPU]):
+    """Several GPUs of one host under one lease: granted together, released together."""
+
+    __slots__ = ("_gpus",)
+
+    def __init__(self, pool: Owner, tie: Tie) -> None:
+        super().__init__(pool, tie)
+        self._gpus = tuple(GPU(pool, tie, card) for card in tie.grant.cards)
+
+    def __len__(self) -> int:
+        return len(self._gpus)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._gpus[index]
+
+    def __iter__(self) -> Iterator[GPU]:
+        return iter(self._gpus)
+
+    def __enter__(self) -> GPUs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<GPUs {self._names()}>"
+
+
+# -- masking this process --------------------------------------------------------------------------------------
+
+_VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+
+
+def cuda_initialised() -> bool:
+    """Whether a library that is loaded here says that it has initialised CUDA. Imports nothing."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        initialised = getattr(getattr(torch, "cuda", None), "is_initialized", None)
+        if callable(initialised) and initialised():
+            return True
+    numba = sys.modules.get("numba.cuda.cudadrv.driver")
+    if numba is not None and getattr(getattr(numba, "driver", None), "is_initialized", False):
+        return True
+    # These initialise CUDA when they list devices, which practically every import of theirs leads to.
+    return any(sys.modules.get(name) is not None for name in ("cupy", "jaxlib.cuda", "tensorflow"))
+
+
+def _position(card: Card, names: str) -> str:
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    uuid, index = card.reading.uuid, card.reading.local_gpu_id
+    if mask is None:
+        if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or index == 0:
+            return f"cuda:{index}"
+        raise GPUPoolError(
+            f"CUDA counts devices in an order of its own here, so the number of {names} is unknown; call activate() "
+            "before CUDA is initialised, or set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+        )
+    for position, item in enumerate(part.strip() for part in mask.split(",")):
+        if item == str(index) or (uuid is not None and item and uuid.startswith(item)):
+            return f"cuda:{position}"
+    raise GPUPoolError(f"CUDA_VISIBLE_DEVICES={mask} hides {names} from this process; call activate() first")
+
+
+class _Mask:
+    """The one mask of this process: threads that activate different leases are refused, never confused."""
+
+    def __init__(self) -> None:
+        # Guards _grant and _before, and the three variables of os.environ while they are changed together.
+        self._lock = threading.Lock()
+        self._grant: Grant | None = None
+        self._before: dict[str, str | None] = {}
+
+    def activate(self, handle: _Handle) -> str:
+        grant = handle._tie.grant
+        with self._lock:
+            if cuda_initialised():
+                return _position(handle._all_cards[0], handle._names())
+            mine = self._grant
+            if mine is not None and mine is not grant and mine.pid == os.getpid():
+                if not mine.released and mine.lost is None:
+                    held = ", ".join(card.global_gpu_id for card in mine.cards)
+                    raise GPUPoolError(
+                        f"this process is masked to {held}, whose lease it still holds; one process sees one mask. "
+                        "Use gpu.run(), or a process for each GPU"
+                    )
+                self._restore_locked()
+            if self._grant is None:
+                self._before = {name: os.environ.get(name) for name in _VARIABLES}
+            self._grant = grant
+            os.environ.update(handle.env())
+        return "cuda:0"
+
+    def released(self, grant: Grant) -> None:
+        """The lease is over: undo its mask, unless CUDA is bound to it already."""
+        if self._grant is not grant:
+            return
+        with self._lock:
+            if self._grant is grant and not cuda_initialised():
+                self._restore_locked()
+
+    def _restore_locked(self) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._grant = None
+
+
+_mask = _Mask()
+
+if hasattr(os, "register_at_fork"):
+    # A child inherits the mask with the environment, but not the lease behind it; and a lock that another thread held
+    # at the fork would stay locked in the child for ever.
+    os.register_at_fork(after_in_child=_mask.__init__)  # type: ignore[misc]
+
+
+def forget_mask(grant: Grant) -> None:
+    """Called by the pool when *grant* is released."""
+    _mask.released(grant)

@@ -1,0 +1,387 @@
+"""Who is polled when: one schedule, one thread that keeps it, executors that do the blocking.
+
+The scheduling thread never does I/O.  Every command to it goes through a `queue.SimpleQueue`, whose `put` is atomic
+under interrupts and signal handlers, so Ctrl-C in a caller cannot leave a lock of the schedule held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from gpupool_sync.clock import Deadline
+from gpupool_sync.endpoint import PolledEndpoint
+from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
+from gpupool_sync.models import Snapshot
+
+logger = logging.getLogger(__name__)
+
+#: Polls of answering endpoints that run at the same time; more only makes threads fight for the interpreter.
+FAST_LANE = 32
+#: Probes of sick endpoints that run at the same time.
+SICK_LANE = 4
+#: A poll that takes longer than this many seconds leaves its lane's count, so that it cannot starve the others.
+SLOW = 0.5
+#: Threads per lane, slow ones included.
+MAX_THREADS = {"fast": 128, "sick": 32}
+#: The longest sleep of the scheduling thread, seconds: what nobody pokes for is noticed after this.
+TICK = 1.0
+#: Nudges (a release wants a new reading) cause polls at least so many seconds apart.
+NUDGE_GAP = 0.5
+#: The first reading waits for stragglers so many seconds after the first answer.
+STRAGGLERS = 0.25
+
+
+class _Entry:
+    """The schedule's view of one endpoint; touched by the scheduling thread only."""
+
+    __slots__ = (
+        "asked",
+        "began",
+        "due",
+        "endpoint",
+        "lane",
+        "next_round",
+        "nudged",
+        "queued",
+        "round",
+        "running",
+    )
+
+    def __init__(self, endpoint: PolledEndpoint) -> None:
+        self.endpoint = endpoint
+        self.due = 0.0  # time.monotonic()
+        self.began = 0.0  # of the last poll
+        self.asked: float | None = None  # when another poll is wanted, asked for while one was under way
+        self.nudged = False  # written by any thread: a nudge is under way, another one would change nothing
+        self.running = False
+        self.queued = False
+        self.lane = "fast"
+        # Who waits for the poll that is under way, and who for the one after it: a caller of refresh() must not be
+        # served by an answer that may be older than its call.
+        self.round: list[Future[None]] = []
+        self.next_round: list[Future[None]] = []
+
+
+class _Lane:
+    """A bounded number of polls at a time; the slow ones do not count."""
+
+    def __init__(self, name: str, width: int, threads: int, prefix: str) -> None:
+        self.width = width
+        self.threads = threads
+        self.backlog: deque[_Entry] = deque()
+        self.started: dict[str, float] = {}  # endpoint id -> time.monotonic()
+        self.executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=f"{prefix}-{name}")
+
+    def free(self, now: float) -> bool:
+        if len(self.started) < self.width:
+            return True
+        quick = sum(1 for begin in self.started.values() if now - begin < SLOW)
+        return quick < self.width and len(self.started) < self.threads
+
+
+class Monitor:
+    """
+    Polls every endpoint when it is due and hands each snapshot on as it arrives.
+
+    *on_snapshot* and *on_failure* are called on worker threads, *housekeeping* on the scheduling thread at least
+    every `TICK` seconds; neither may block.  *housekeeping* returns False to say that nobody needs the monitor any
+    more.
+    """
+
+    def __init__(
+        self,
+        endpoints: Iterable[PolledEndpoint],
+        *,
+        on_snapshot: Callable[[Snapshot], None],
+        on_failure: Callable[[PolledEndpoint], None],
+        housekeeping: Callable[[], bool],
+        name: str,
+    ) -> None:
+        self._on_snapshot = on_snapshot
+        self._on_failure = on_failure
+        self._housekeeping = housekeeping
+        self._name = name
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._entries: dict[str, _Entry] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        self._tiebreak = itertools.count()
+        self._stopping = False
+        self._lanes: dict[str, _Lane] = {}
+        self._thread: threading.Thread | None = None
+        self.polls = 0
+        self.poll_seconds = 0.0
+        self.restarts = 0
+        for endpoint in endpoints:
+            self._entries[endpoint.id] = _Entry(endpoint)
+
+    # -- called from any thread --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads; the first polls begin at once."""
+        self._lanes = {
+            "fast": _Lane("poll", FAST_LANE, MAX_THREADS["fast"], self._name),
+            "sick": _Lane("probe", SICK_LANE, MAX_THREADS["sick"], self._name),
+        }
+        for entry in self._entries.values():
+            self._schedule(entry, 0.0)
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"{self._name}-monitor", daemon=True)
+        self._thread.start()
+
+    def ensure_running(self) -> None:
+        """Restart the scheduling thread if something killed it."""
+        thread = self._thread
+        if thread is not None and not thread.is_alive() and not self._stopping:
+            self.restarts += 1
+            logger.error("the monitor's thread died; starting another one")
+            self._start_thread()
+
+    def poll_soon(self, endpoint_ids: Iterable[str]) -> list[Future[None]]:
+        """
+        Ask for a poll that begins after this call.
+
+        Calls are coalesced: whatever their number, an endpoint is polled at most once more after the poll that is
+        under way.  Each future is done when its endpoint has answered or failed.
+        """
+        futures: list[Future[None]] = []
+        wanted: list[tuple[str, Future[None]]] = []
+        for endpoint_id in endpoint_ids:
+            future: Future[None] = Future()
+            futures.append(future)
+            wanted.append((endpoint_id, future))
+        self._commands.put(lambda: self._want(wanted))
+        return futures
+
+    def nudge(self, endpoint_id: str) -> None:
+        """
+        Say that a new reading would be welcome: for hot paths, without waiting.
+
+        Coalesced, at most one poll each `NUDGE_GAP`; an endpoint that is down keeps its own pace.
+        """
+        entry = self._entries.get(endpoint_id)
+        if entry is not None and not entry.nudged:
+            entry.nudged = True
+            self._commands.put(lambda: self._nudge(entry))
+
+    def add(self, endpoint: PolledEndpoint) -> None:
+        """Take an endpoint into the schedule; its first poll begins at once."""
+        self._commands.put(lambda: self._add(endpoint))
+
+    def remove(self, endpoint_id: str) -> None:
+        """Take an endpoint out of the schedule; a poll that is under way ends unheard."""
+        self._commands.put(lambda: self._remove(endpoint_id))
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        """
+        Stop the threads and wait for them up to *timeout* seconds; whether all of them stopped.
+
+        The caller aborts the endpoints' exchanges, so polls under way end soon.
+        """
+        self._stopping = True
+        self._commands.put(lambda: None)
+        deadline = Deadline.after(timeout)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(deadline.remaining())
+        for lane in self._lanes.values():
+            lane.executor.shutdown(wait=False, cancel_futures=True)
+        self._settle_everything()
+        stuck = [worker for worker in self._workers() if not _joined(worker, deadline)]
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            stuck.append(thread)
+        for worker in stuck:
+            logger.warning("thread %s did not stop within %g s", worker.name, timeout)
+        return not stuck
+
+    def _workers(self) -> list[threading.Thread]:
+        prefixes = (f"{self._name}-poll_", f"{self._name}-probe_")
+        me = threading.current_thread()
+        return [t for t in threading.enumerate() if t is not me and t.name.startswith(prefixes)]
+
+    def threads(self) -> int:
+        """How many threads of this monitor are alive."""
+        thread = self._thread
+        return len(self._workers()) + (1 if thread is not None and thread.is_alive() else 0)
+
+    # -- the scheduling thread ---------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._step()
+            except Exception:
+                # Supervised: an error here must not end all polling. The wait keeps a persistent one from spinning.
+                logger.exception("the schedule of the monitor broke; going on")
+                with contextlib.suppress(queue.Empty):
+                    self._commands.get(timeout=TICK)()
+
+    def _step(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._commands.get(timeout=self._sleep())()
+            while True:
+                self._commands.get_nowait()()
+        if self._stopping:
+            return
+        if not self._housekeeping():
+            self._stopping = True
+            for each in self._entries.values():
+                each.endpoint.abort()
+            for lane in self._lanes.values():
+                lane.executor.shutdown(wait=False, cancel_futures=True)
+            self._settle_everything()
+            return
+        now = time.monotonic()
+        while self._heap and self._heap[0][0] <= now:
+            due, _, endpoint_id = heapq.heappop(self._heap)
+            entry = self._entries.get(endpoint_id)
+            if entry is None or entry.due != due or entry.queued or entry.running:
+                continue  # removed, rescheduled since, or on its way already
+            entry.queued = True
+            self._lanes["sick" if entry.endpoint.sick else "fast"].backlog.append(entry)
+        for name, lane in self._lanes.items():
+            while lane.backlog and lane.free(now):
+                self._dispatch(lane.backlog.popleft(), name, now)
+
+    def _sleep(self) -> float:
+        now = time.monotonic()
+        until = TICK
+        if self._heap:
+            until = min(until, self._heap[0][0] - now)
+        for lane in self._lanes.values():
+            if lane.backlog and lane.started:
+                # Woken when the oldest quick poll turns slow and makes room.
+                quick = [begin for begin in lane.started.values() if now - begin < SLOW]
+                until = min(until, min(quick) + SLOW - now) if quick else until
+        return max(0.0, until)
+
+    def _schedule(self, entry: _Entry, pause: float) -> None:
+        entry.due = time.monotonic() + pause
+        heapq.heappush(self._heap, (entry.due, next(self._tiebreak), entry.endpoint.id))
+
+    def _dispatch(self, entry: _Entry, lane_name: str, now: float) -> None:
+        entry.queued = entry.nudged = False
+        entry.running = True
+        entry.began = now
+        entry.lane = lane_name
+        entry.round, entry.next_round = entry.next_round, []
+        lane = self._lanes[lane_name]
+        lane.started[entry.endpoint.id] = now
+        try:
+            lane.executor.submit(self._poll, entry)
+        except RuntimeError:
+            # The interpreter is shutting down and takes no more work: so do we.
+            self._stopping = True
+            self._settle_everything()
+
+    def _want(self, wanted: Sequence[tuple[str, Future[None]]]) -> None:
+        for endpoint_id, future in wanted:
+            wanting = self._entries.get(endpoint_id)
+            if wanting is None or self._stopping:
+                future.set_exception(EndpointUnavailable(endpoint_id, "not an endpoint of this pool (any more)"))
+                continue
+            wanting.next_round.append(future)
+            self._bring_forward(wanting, 0.0)
+
+    def _nudge(self, entry: _Entry) -> None:
+        if self._entries.get(entry.endpoint.id) is entry and not entry.endpoint.open:
+            self._bring_forward(entry, entry.began + NUDGE_GAP)
+
+    def _bring_forward(self, entry: _Entry, at: float) -> None:
+        if entry.running:
+            entry.asked = at if entry.asked is None else min(at, entry.asked)
+        elif not entry.queued and at < entry.due:
+            self._schedule(entry, max(0.0, at - time.monotonic()))
+
+    def _add(self, endpoint: PolledEndpoint) -> None:
+        entry = self._entries[endpoint.id] = _Entry(endpoint)
+        self._schedule(entry, 0.0)
+
+    def _remove(self, endpoint_id: str) -> None:
+        entry = self._entries.pop(endpoint_id, None)
+        if entry is not None:
+            for lane in self._lanes.values():
+                if entry in lane.backlog:
+                    lane.backlog.remove(entry)
+            _settle(entry.next_round)
+
+    def _done(self, entry: _Entry, begin: float, pause: float) -> None:
+        self._lanes[entry.lane].started.pop(entry.endpoint.id, None)
+        entry.running = False
+        self.polls += 1
+        self.poll_seconds += time.monotonic() - begin
+        _settle(entry.round)
+        if self._entries.get(entry.endpoint.id) is not entry:
+            return
+        # Counted from the beginning: a slow answer must not stretch the interval, nor cause a burst.
+        due = begin + pause
+        if entry.asked is not None:
+            due = min(due, entry.asked)
+            entry.asked = None
+        self._schedule(entry, max(0.0, due - time.monotonic()))
+
+    def _settle_everything(self) -> None:
+        for entry in list(self._entries.values()):
+            _settle(entry.round)
+            _settle(entry.next_round)
+        while True:
+            # Commands that nobody will run any more may carry futures that somebody waits for.
+            try:
+                self._commands.get_nowait()()
+            except queue.Empty:
+                return
+
+    # -- the worker threads ------------------------------------------------------------------------------------
+
+    def _poll(self, entry: _Entry) -> None:
+        endpoint = entry.endpoint
+        begin = time.monotonic()
+        asked: float | None = None
+        try:
+            snapshot = endpoint.poll()
+            if not self._stopping:
+                self._on_snapshot(snapshot)
+        except GPUPoolError as exc:
+            asked = exc.retry_after if isinstance(exc, EndpointUnavailable) else None
+            if not self._stopping:
+                self._on_failure(endpoint)
+        except Exception:
+            logger.exception("poll of %s broke", endpoint.id)
+        finally:
+            pause = endpoint.pause(asked)
+            self._commands.put(lambda: self._done(entry, begin, pause))
+
+
+def _settle(futures: list[Future[None]]) -> None:
+    while futures:
+        future = futures.pop()
+        if not future.done():
+            future.set_result(None)
+
+
+def _joined(thread: threading.Thread, deadline: Deadline) -> bool:
+    thread.join(deadline.remaining())
+    return not thread.is_alive()
+
+
+def wait_for(futures: Sequence[Future[None]], deadline: Deadline, *, enough: Callable[[], bool] | None = None) -> bool:
+    """
+    Wait until all *futures* are done, or `STRAGGLERS` seconds after *enough* is true; whether all are done.
+    """
+    pending = set(futures)
+    while enough is not None and pending and not deadline.passed():
+        if enough():
+            deadline = Deadline.after(deadline.within(STRAGGLERS))
+            break
+        pending = wait(pending, timeout=deadline.remaining(), return_when="FIRST_COMPLETED").not_done
+    return not wait(pending, timeout=deadline.remaining()).not_done

@@ -1,0 +1,1429 @@
+"""`GPUPool`: choosing, waiting, counting.
+
+The way of an `acquire`: copy the snapshots under the table's lock; filter them; let the strategy order the endpoints;
+claim at the arbiter; on refusal go on with the rest; then wait with a ticket.  Nothing that blocks happens under a
+lock, and the arbiter alone decides.
+"""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gpupool_sync import config
+from gpupool_sync.choosing import Limits, Screened, room_mb, screen, usable
+from gpupool_sync.clock import Deadline, boottime
+from gpupool_sync.errors import (
+    AcquireTimeout,
+    ConfigError,
+    ExclusivityWarning,
+    GPUPoolError,
+    LeaseLost,
+    LeaseStoreError,
+    NoSuchGPU,
+    PoolClosed,
+)
+from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, forget_mask
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Share, Wanted
+from gpupool_sync.models import Card, EndpointView, GPURequest, Reason, Snapshot
+from gpupool_sync.strategies import make_strategy
+from gpupool_sync.table import Table
+from gpupool_sync.waiting import Waiter, WaitingRoom
+
+if TYPE_CHECKING:
+    from gpupool_sync.endpoint import PolledEndpoint
+    from gpupool_sync.monitor import Monitor
+    from gpupool_sync.status import Explanation, Status
+
+logger = logging.getLogger(__name__)
+
+#: Waits and holds are summed up over so many of the last ones.
+KEPT_DURATIONS = 1000
+#: Lines that an error explains itself with; `explain` has them all.
+EXPLAINED_CARDS = 20
+#: Screened snapshots that are remembered, per endpoint, for requests that come again.
+REMEMBERED_REQUESTS = 8
+
+_DEFAULT_REQUEST = GPURequest()
+_H = TypeVar("_H", GPU, GPUs)
+
+
+class _Engine:
+    """What an open pool runs; replaced as a whole, so that no thread sees half of it."""
+
+    __slots__ = ("arbiter", "endpoints", "first", "monitor", "unsubscribe")
+
+    def __init__(self, endpoints: Mapping[str, PolledEndpoint], monitor: Monitor, arbiter: LeaseStore) -> None:
+        self.endpoints = endpoints  # by id, in the order of the settings; replaced, never changed
+        self.monitor = monitor
+        self.arbiter = arbiter
+        #: Done when every endpoint has answered or failed once; None when nobody need wait for that any more.
+        self.first: Sequence[Any] | None = None
+        self.unsubscribe: Callable[[], None] = lambda: None
+
+    def store_of(self, endpoint_id: str) -> LeaseStore:
+        """Who arbitrates the cards of the endpoint."""
+        return self.arbiter
+
+
+class _Seen:
+    """One endpoint that may grant now, seen through one request."""
+
+    __slots__ = ("endpoint", "free", "snapshot", "wanted")
+
+    def __init__(
+        self, endpoint: PolledEndpoint, snapshot: Snapshot, free: Sequence[Card], wanted: Sequence[Card]
+    ) -> None:
+        self.endpoint = endpoint
+        self.snapshot = snapshot
+        self.free = free  # would do, and not leased as far as is known
+        self.wanted = wanted  # would do, leased or not: what a ticket names
+
+
+class _Counters:
+    """What happened since the beginning, or since the last `pop_stats`."""
+
+    def __init__(self) -> None:
+        # Guards everything below: additions only.
+        self._lock = threading.Lock()
+        self._begin = time.monotonic()
+        self._counts: dict[str, int] = {}
+        self._waits: deque[float] = deque(maxlen=KEPT_DURATIONS)
+        self._holds: deque[float] = deque(maxlen=KEPT_DURATIONS)
+        self._grants: dict[str, int] = {}
+
+    def add(self, name: str, number: int = 1) -> None:
+        with self._lock:
+            self._counts[name] = self._counts.get(name, 0) + number
+
+    def granted(self, endpoint_id: str, waited: float, claims: int, queued: bool) -> None:
+        with self._lock:
+            counts = self._counts
+            counts["grants"] = counts.get("grants", 0) + 1
+            counts["claims"] = counts.get("claims", 0) + claims
+            if queued:
+                counts["queued"] = counts.get("queued", 0) + 1
+            self._grants[endpoint_id] = self._grants.get(endpoint_id, 0) + 1
+            self._waits.append(waited)
+
+    def released(self, held: float) -> None:
+        with self._lock:
+            self._counts["releases"] = self._counts.get("releases", 0) + 1
+            self._holds.append(held)
+
+    def read(self, *, reset: bool) -> dict[str, Any]:
+        with self._lock:
+            now = time.monotonic()
+            seconds = now - self._begin
+            counts, grants = dict(self._counts), dict(self._grants)
+            waits, holds = sorted(self._waits), sorted(self._holds)
+            if reset:
+                self._begin = now
+                self._counts, self._grants = {}, {}
+                self._waits.clear()
+                self._holds.clear()
+        names = ("grants", "releases", "queued", "timeouts", "refused", "claims", "store_errors", "forgotten")
+        return {
+            "seconds": seconds,
+            **{name: counts.get(name, 0) for name in names},
+            "grants_per_second": counts.get("grants", 0) / seconds if seconds else 0.0,
+            "grants_by_endpoint": grants,
+            "wait": _summary(waits),
+            "hold": _summary(holds),
+        }
+
+
+def _summary(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Count, p50, p95, p99 and largest of sorted seconds."""
+
+    def at(share: float) -> float | None:
+        return values[min(len(values) - 1, int(share * len(values)))] if values else None
+
+    return {
+        "count": len(values),
+        "p50": at(0.50),
+        "p95": at(0.95),
+        "p99": at(0.99),
+        "max": values[-1] if values else None,
+    }
+
+
+class _Acquiring:
+    """
+    ``with pool.gpu() as gpu``.
+
+    While the block runs, the interpreter holds this object; when it is collected, the block is over, however it
+    ended.  So a weak reference to it, made before the claim, finds every lease that an interrupt left behind.
+    """
+
+    __slots__ = ("__weakref__", "_count", "_grant", "_note", "_on_lost", "_pool", "_request", "_timeout")
+
+    def __init__(
+        self,
+        pool: GPUPool,
+        request: GPURequest,
+        count: int | None,
+        timeout: float | None,
+        note: str | None,
+        on_lost: Callable[[Any], object] | None,
+    ) -> None:
+        self._pool = pool
+        self._request = request
+        self._count = count
+        self._timeout = timeout
+        self._note = note
+        self._on_lost = on_lost
+        self._grant: Grant | None = None
+
+    def __enter__(self) -> Any:
+        if self._grant is not None and not self._grant.released:
+            raise GPUPoolError("this pool.gpu() is in use already; call pool.gpu() once for each with block")
+        grant = self._grant = self._pool._new_grant(self._note, self._on_lost)
+        self._pool._watch(self, grant)
+        try:
+            self._pool._obtain(grant, self._request, Deadline.after(self._timeout))
+            return self._pool._handle(Tie(grant), self._count)
+        except BaseException:
+            self._pool._give_up(grant)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._grant is not None:
+            self._pool._release(self._grant)
+
+
+class GPUPool:
+    """
+    The GPUs of many machines, one at a time for each caller.
+
+    Every argument has an environment variable (``docs/configuration.md``); an argument wins, then the variable, then
+    the default.  Nothing happens before the first use: no thread, no connection.
+
+    Args:
+        endpoints: URLs or `Endpoint` objects, or one comma-separated string; default `GPU_SERVICE_ENDPOINTS`, else
+            this machine's own GPUs.
+        strategy: ``"availability"`` (default), ``"round_robin"``, ``"weighted"`` or an object with `order`.
+        lease_store: who arbitrates; ``"memory:"`` (this process only) or a `LeaseStore`.
+        memory_threshold: percent; at or above it a reading vetoes its GPU (default 80).
+        utilization_threshold: percent; likewise (default 90).
+        poll_interval: seconds between polls of an endpoint (default 5).
+        health_check_interval: longest seconds between probes of an endpoint that is down (default 30).
+        max_stats_age: seconds; readings older than this are not granted from (default 3 × *poll_interval* +
+            *endpoint_timeout*).
+        endpoint_timeout: seconds for one exchange with an endpoint, retries included (default 10).
+        endpoint_max_retries: retries of an exchange that failed before an answer began (default 3).
+        ttl: seconds that a lease at a remote arbiter lives without renewal (default 60, at most 300).
+        max_waiting: callers that may wait at the same time; default any number.
+        name: shown to others as the holder.
+        on_lost: called as ``on_lost(gpu)`` when a lease is lost.
+
+    Raises:
+        ConfigError: a value cannot be used; the message names it and what is allowed.
+    """
+
+    def __init__(
+        self,
+        endpoints: Any = None,
+        *,
+        strategy: Any = None,
+        lease_store: Any = None,
+        memory_threshold: float | None = None,
+        utilization_threshold: float | None = None,
+        poll_interval: float | None = None,
+        health_check_interval: float | None = None,
+        max_stats_age: float | None = None,
+        endpoint_timeout: float | None = None,
+        endpoint_max_retries: int | None = None,
+        breaker_failures: int | None = None,
+        ttl: float | None = None,
+        max_waiting: int | None = None,
+        name: str | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+    ) -> None:
+        given = {
+            "strategy": strategy,
+            "lease_store": lease_store,
+            "memory_threshold": memory_threshold,
+            "utilization_threshold": utilization_threshold,
+            "poll_interval": poll_interval,
+            "health_check_interval": health_check_interval,
+            "max_stats_age": max_stats_age,
+            "endpoint_timeout": endpoint_timeout,
+            "endpoint_max_retries": endpoint_max_retries,
+            "breaker_failures": breaker_failures,
+            "ttl": ttl,
+            "max_waiting": max_waiting,
+            "name": name,
+        }
+        if on_lost is not None and not callable(on_lost):
+            raise ConfigError(f"on_lost={on_lost!r}: a function that takes the lost GPU is allowed")
+        settings = config.resolve(endpoints, **{key: value for key, value in given.items() if value is not None})
+        self._setup(settings, on_lost)
+
+    def _setup(self, settings: config.Settings, on_lost: Callable[[Any], object] | None) -> None:
+        self._settings = settings
+        self._on_lost = on_lost
+        self._strategy = make_strategy(settings.strategy)
+        self._limits = Limits(settings.memory_threshold, settings.utilization_threshold)
+        self._endpoint_configs: tuple[config.Endpoint, ...] = settings.endpoints
+        self._fresh_state()
+        _pools.add(self)
+
+    def _fresh_state(self) -> None:
+        """Everything that does not survive a fork."""
+        # Guards opening, closing and changes of the endpoints. Held while threads are started, never during I/O.
+        # Not taken by an acquire once the pool is open.
+        self._lifecycle = threading.RLock()
+        self._engine: _Engine | None = None
+        self._closed = False
+        self._table = Table()
+        self._waiting = WaitingRoom(self._settings.max_waiting)
+        self._counters = _Counters()
+        # By lease id: every claim that may be granted. Single dict operations only, which are atomic.
+        self._grants: dict[str, Grant] = {}
+        # Weak references to what keeps each claim's caller able to release it, and those of them that died.
+        self._watched: dict[object, Grant] = {}
+        self._dropped: deque[Any] = deque()
+        self._leaving: deque[Grant] = deque()  # released while a child of popen() still ran
+        self._screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
+        self._local_ids: frozenset[str] = frozenset()
+        self._last_free: dict[str, frozenset[str]] = {}
+        self._holder: Holder | None = None
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def open(self, wait: bool = False, timeout: float | None = None) -> None:
+        """
+        Start polling. The first use opens the pool too; a closed pool opens again only by this call.
+
+        Args:
+            wait: return only when every endpoint has answered or failed once.
+            timeout: seconds to wait at most; None: as long as a poll may take.
+        """
+        with self._lifecycle:
+            self._closed = False
+            engine = self._engine or self._start_locked()
+        if wait:
+            self._first_reading(engine, Deadline.after(timeout), stragglers=False)
+
+    def _opened(self) -> _Engine:
+        engine = self._engine
+        if engine is not None:
+            return engine
+        with self._lifecycle:
+            if self._closed:
+                raise PoolClosed("this pool is closed; pool.open() opens it again")
+            return self._engine or self._start_locked()
+
+    def _start_locked(self) -> _Engine:
+        # Imported here: they bring requests, pybreaker and logging along, which a script that only imports us, or
+        # a parent that only forks, should not pay for.
+        from gpupool_sync.endpoint import make_endpoint, make_local_endpoint
+        from gpupool_sync.monitor import Monitor
+
+        settings = self._settings
+        arbiter = self._make_store()
+        configs = self._endpoint_configs
+        made = [make_endpoint(each, settings) for each in configs] or [make_local_endpoint(settings)]
+        me = weakref.ref(self)
+
+        # The threads must not keep a forgotten pool alive, so they see it through a weak reference.
+        def on_snapshot(snapshot: Snapshot) -> None:
+            pool = me()
+            if pool is not None:
+                pool._on_snapshot(snapshot)
+
+        def on_failure(endpoint: PolledEndpoint) -> None:
+            pool = me()
+            if pool is not None:
+                pool._last_free.pop(endpoint.id, None)
+
+        def housekeeping() -> bool:
+            pool = me()
+            if pool is None:
+                return False
+            pool._tidy()
+            return True
+
+        monitor = Monitor(
+            made,
+            on_snapshot=on_snapshot,
+            on_failure=on_failure,
+            housekeeping=housekeeping,
+            name=self._thread_name(),
+        )
+        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter)
+        engine.unsubscribe = arbiter.subscribe(self._waiting.hint)
+        engine.first = monitor.poll_soon(engine.endpoints)
+        _register_exit_hook()
+        self._engine = engine
+        monitor.start()
+        logger.info(
+            "pool %s opened: %d endpoints, leases by %s (scope: %s)",
+            settings.name or "",
+            len(made),
+            arbiter.description,
+            arbiter.scope,
+        )
+        return engine
+
+    def _thread_name(self) -> str:
+        return f"gpupool-{self._settings.name}" if self._settings.name else "gpupool"
+
+    def _make_store(self) -> LeaseStore:
+        asked = self._settings.lease_store
+        if asked is not None and not isinstance(asked, str):
+            return asked  # type: ignore[no-any-return]
+        from gpupool_sync.leases.memory import shared_store
+
+        if asked is None:
+            warnings.warn(
+                "leases exclude only within this process so far; pass lease_store='memory:' to say that this is meant",
+                ExclusivityWarning,
+                stacklevel=_user_stacklevel(),
+            )
+            return shared_store()
+        kind, _, rest = asked.partition(":")
+        if kind != "memory":
+            raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' only")
+        return shared_store(rest)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """
+        Release everything, send the waiters away with `PoolClosed`, and stop the threads. Idempotent.
+
+        Args:
+            timeout: seconds to wait for the threads; one that does not stop is logged and left behind.
+        """
+        with self._lifecycle:
+            self._closed = True
+            engine, self._engine = self._engine, None
+        self._waiting.wake_all()
+        if engine is None:
+            return
+        self.release_all()
+        engine.unsubscribe()
+        for endpoint in engine.endpoints.values():
+            endpoint.abort()
+        engine.monitor.stop(timeout)
+        for endpoint in engine.endpoints.values():
+            endpoint.close()
+        self._local_ids = frozenset()
+        self._table = Table()
+        self._screens.clear()
+        self._last_free.clear()
+
+    def __enter__(self) -> GPUPool:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Settings only (credentials included): threads, leases and connections belong to this process.
+        return _rebuild, (type(self), self._settings, self._endpoint_configs, self._on_lost)
+
+    def __repr__(self) -> str:
+        where = ", ".join(each.id for each in self._endpoint_configs[:5]) or "this machine"
+        more = f" and {len(self._endpoint_configs) - 5} more" if len(self._endpoint_configs) > 5 else ""
+        state = "closed" if self._closed else "open" if self._engine is not None else "not opened yet"
+        return f"<GPUPool of {where}{more}, {state}, {sum(1 for g in self._grants.values() if g.lease)} leases held>"
+
+    def _after_fork_in_child(self) -> None:
+        # The parent's leases are forgotten, not released; its threads and connections are its own. The child opens
+        # its own at first use. A pool that the parent closed stays closed.
+        closed = self._closed
+        self._fresh_state()
+        self._closed = closed
+
+    # -- the endpoints -----------------------------------------------------------------------------------------
+
+    def add_endpoint(self, endpoint: Any, **options: Any) -> str:
+        """
+        Add an endpoint at run time; returns its id.
+
+        Args:
+            endpoint: a URL (with the options of `Endpoint`) or an `Endpoint`.
+
+        Raises:
+            ConfigError: not a URL, or an endpoint of that id or URL is there already.
+        """
+        from gpupool_sync.endpoint import make_endpoint
+
+        new = endpoint if isinstance(endpoint, config.Endpoint) else config.Endpoint(endpoint, **options)
+        with self._lifecycle:
+            for old in self._endpoint_configs:
+                if new.id == old.id or new.url == old.url:
+                    raise ConfigError(f"endpoint {new.id}: the pool has {old.id} already; give another name or URL")
+            replaces_local = not self._endpoint_configs
+            self._endpoint_configs = (*self._endpoint_configs, new)
+            engine = self._engine
+            if engine is not None:
+                made = make_endpoint(new, self._settings)
+                engine.endpoints = {**engine.endpoints, made.id: made}
+                engine.monitor.add(made)
+                if replaces_local:
+                    logger.info("endpoint %s joins this machine's own GPUs", new.id)
+        return new.id
+
+    def drain_endpoint(self, endpoint_id: str) -> None:
+        """
+        Grant nothing new at the endpoint; leases there go on, and it is still polled.
+
+        Raises:
+            ConfigError: no endpoint has that id.
+        """
+        self._endpoint(endpoint_id).draining = True
+
+    def remove_endpoint(self, endpoint_id: str) -> None:
+        """
+        Forget the endpoint; leases there go on until they are released.
+
+        Raises:
+            ConfigError: no endpoint has that id.
+        """
+        endpoint = self._endpoint(endpoint_id)
+        with self._lifecycle:
+            self._endpoint_configs = tuple(each for each in self._endpoint_configs if each.id != endpoint_id)
+            engine = self._engine
+            if engine is not None:
+                engine.endpoints = {k: v for k, v in engine.endpoints.items() if k != endpoint_id}
+                engine.monitor.remove(endpoint_id)
+        self._table.forget(endpoint_id)
+        self._local_ids -= {endpoint_id}
+        self._last_free.pop(endpoint_id, None)
+        endpoint.abort()
+        endpoint.close()
+
+    def _endpoint(self, endpoint_id: str) -> PolledEndpoint:
+        endpoints = self._opened().endpoints
+        if endpoint_id not in endpoints:
+            raise ConfigError(f"endpoint_id={endpoint_id!r}: the pool has {', '.join(endpoints) or 'none'}")
+        return endpoints[endpoint_id]
+
+    def refresh(self, timeout: float | None = None) -> bool:
+        """
+        Read every endpoint once more, now; whether all of them answered or failed within *timeout* seconds.
+
+        Calls at the same time are coalesced into at most two polls of each endpoint.
+        """
+        engine = self._opened()
+        from gpupool_sync.monitor import wait_for
+
+        futures = engine.monitor.poll_soon(engine.endpoints)
+        return wait_for(futures, Deadline.after(timeout))
+
+    def _first_reading(self, engine: _Engine, deadline: Deadline, *, stragglers: bool = True) -> None:
+        first = engine.first
+        if first is None:
+            return
+        from gpupool_sync.monitor import wait_for
+
+        table = self._table
+        enough = (lambda: bool(table.view()[0])) if stragglers else None
+        # No poll takes longer than its timeout, but for a little scheduling.
+        longest = Deadline.after(deadline.within(self._settings.endpoint_timeout + 1.0))
+        wait_for(first, longest, enough=enough)
+        engine.first = None
+
+    def _on_snapshot(self, snapshot: Snapshot) -> None:
+        """A poll arrived (on a worker thread)."""
+        engine = self._engine
+        if engine is None or snapshot.endpoint_id not in engine.endpoints:
+            return
+        before = self._table.update(snapshot)
+        for problem in snapshot.sample.problems:
+            if before is None or problem not in before.sample.problems:
+                logger.warning("endpoint %s: %s", snapshot.endpoint_id, problem)
+        if snapshot.is_local != (snapshot.endpoint_id in self._local_ids):
+            change = {snapshot.endpoint_id}
+            self._local_ids = self._local_ids | change if snapshot.is_local else self._local_ids - change
+        if not len(self._waiting):
+            self._last_free.pop(snapshot.endpoint_id, None)
+            return
+        # Tickets name cards that their owners knew. When cards come into view that no ticket can know of, as many of
+        # the oldest waiters as could use them look again; the rest would only look in vain.
+        held = engine.store_of(snapshot.endpoint_id).is_held
+        free = frozenset(card.key for card in self._screened(snapshot, _DEFAULT_REQUEST).eligible if not held(card.key))
+        new = free - self._last_free.get(snapshot.endpoint_id, frozenset())
+        self._last_free[snapshot.endpoint_id] = free
+        if new:
+            self._waiting.wake_oldest(2 * len(new))
+
+    def _tidy(self) -> None:
+        """What nobody waits for; on the monitor's thread, at least once a second."""
+        self._collect_dropped()
+        for _ in range(len(self._leaving)):
+            self._release(self._leaving.popleft())
+
+    # -- acquiring ---------------------------------------------------------------------------------------------
+
+    def gpu(
+        self,
+        timeout: float | None = None,
+        *,
+        note: str | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+        **request: Any,
+    ) -> Any:
+        """
+        ``with pool.gpu() as gpu:`` a whole GPU, or a share of one, for the block.
+
+        Arguments and errors are those of `acquire`.
+        """
+        return _Acquiring(self, self._request(None, request), None, _timeout(timeout), note, on_lost)
+
+    def gpus(
+        self,
+        count: int,
+        timeout: float | None = None,
+        *,
+        note: str | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+        **request: Any,
+    ) -> Any:
+        """``with pool.gpus(4) as gpus:`` *count* GPUs of one host, all or nothing, under one lease."""
+        return _Acquiring(self, self._request(count, request), count, _timeout(timeout), note, on_lost)
+
+    def acquire(
+        self,
+        timeout: float | None = None,
+        count: int | None = None,
+        *,
+        note: str | None = None,
+        on_lost: Callable[[Any], object] | None = None,
+        **request: Any,
+    ) -> Any:
+        """
+        Wait for a GPU (or *count* of one host) that nobody else has, and return the handle; `release` gives it back.
+
+        Args:
+            timeout: seconds; None waits for ever, 0 takes a first reading if there is none, tries once, and does
+                not wait.
+            count: return a `GPUs` of so many, granted together; default one `GPU`.
+            note: shown to others beside the lease.
+            on_lost: called with the handle if the lease is lost; default that of the pool.
+            local: True: only this machine's; False: any; None (default): this machine's if the pool has some.
+            endpoint: only these endpoint ids (one, or several).
+            model: only GPUs whose name contains this, in any case.
+            uuid: only this GPU (or these); a beginning is enough, as for CUDA.
+            exclude: not these global ids, UUIDs or endpoint ids.
+            min_free_memory_mb: MiB that the reading must show as free.
+            max_utilization_percent: percent that the reading must not exceed.
+            memory_mb: share a GPU with others: so many MiB of it.
+            max_holders: share a GPU with others: one of so many places.
+            busy_ok: take a whole GPU although a process outside the pool computes on it.
+
+        Raises:
+            AcquireTimeout: none became free in time; the message says why, card by card.
+            NoSuchGPU: every endpoint has answered, and no card of theirs could ever satisfy the request.
+            TooManyWaiting: `max_waiting` callers wait already.
+            PoolClosed: the pool is, or was meanwhile, closed.
+            ConfigError: an argument cannot be used.
+        """
+        asked = self._request(count, request)
+        deadline = Deadline.after(_timeout(timeout))
+        tie = Tie(self._new_grant(note, on_lost))
+        grant = tie.grant
+        self._watch(tie, grant)
+        try:
+            self._obtain(grant, asked, deadline)
+            grant.place = _caller()
+            handle = self._handle(tie, count)
+            # From here on a handle that is collected was the caller's to keep: nothing between this line and the
+            # caller's assignment lets an interrupt in.
+            grant.delivered = True
+            return handle
+        except BaseException:
+            self._give_up(grant)
+            raise
+
+    def _request(self, count: int | None, request: dict[str, Any]) -> GPURequest:
+        if not request and count is None:
+            return _DEFAULT_REQUEST
+        return GPURequest.make(count=count, **request)
+
+    def _handle(self, tie: Tie, count: int | None) -> Any:
+        return GPU(self, tie, tie.grant.cards[0]) if count is None else GPUs(self, tie)
+
+    def _new_grant(self, note: str | None, on_lost: Callable[[Any], object] | None) -> Grant:
+        grant = Grant(secrets.token_hex(16), note)
+        grant.on_lost = on_lost or self._on_lost
+        return grant
+
+    def _watch(self, anchor: object, grant: Grant) -> None:
+        """
+        Learn of the death of *anchor*, through a callback that runs no Python and takes no lock.
+
+        Must come before the claim: an interrupt after the claim then finds the reference in place.
+        """
+        reference = weakref.ref(anchor, self._dropped.append)
+        grant.tie_ref = reference
+        self._watched[reference] = grant
+
+    def _collect_dropped(self) -> None:
+        while self._dropped:
+            try:
+                reference = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            grant = self._watched.pop(reference, None)
+            if grant is None or grant.released:
+                continue
+            if grant.lease is None:
+                self._give_up(grant)
+                continue
+            if not grant.delivered:
+                self._release(grant)  # not _give_up: a child of popen() may still run
+                continue
+            self._counters.add("forgotten")
+            names = ", ".join(card.global_gpu_id for card in grant.cards)
+            text = (
+                f"the handle of {names}, acquired at {grant.place}, is gone without release(); the GPU stays leased "
+                "until pool.release_all(), pool.close() or the end of the process"
+            )
+            try:
+                warnings.warn(text, ResourceWarning, stacklevel=2, source=None)
+            except ResourceWarning:  # made an error: on this thread nobody could handle it
+                logger.warning("%s", text)
+
+    def _obtain(self, grant: Grant, request: GPURequest, deadline: Deadline) -> None:
+        """Fill *grant*, or raise."""
+        grant.asked_at = time.monotonic()
+        engine = self._opened()
+        engine.monitor.ensure_running()
+        if self._dropped:
+            self._collect_dropped()
+        # Before the claim, so that close() and release_all() find whatever the claim leads to.
+        self._grants[grant.id] = grant
+        if engine.first is not None:
+            self._first_reading(engine, deadline)
+        self._counters.add("requests")
+        seen = self._look(engine, request)
+        claims = self._claim_free(engine, grant, request, seen)
+        queued = False
+        if grant.lease is None:
+            claims += self._wait_for(engine, grant, request, deadline)
+            queued = True
+        if self._closed:
+            # close() released what it saw; this claim may have been granted after that.
+            raise PoolClosed("the pool was closed meanwhile")
+        grant.begun_at = time.monotonic()
+        assert grant.snapshot is not None
+        self._counters.granted(grant.snapshot.endpoint_id, grant.begun_at - grant.asked_at, claims, queued)
+
+    def _wait_for(self, engine: _Engine, grant: Grant, request: GPURequest, deadline: Deadline) -> int:
+        """Wait with a ticket until granted; returns how many claims that took."""
+        self._require_possible(engine, request)
+        if deadline.passed():
+            raise self._timed_out(grant, request)
+        waiter = Waiter(grant.id)
+        self._waiting.join(waiter)
+        claims = 0
+        try:
+            while True:
+                if self._closed:
+                    raise PoolClosed("the pool was closed while this call waited")
+                seen = self._look(engine, request)
+                claims += self._claim_queued(engine, grant, request, seen)
+                if grant.lease is not None:
+                    return claims
+                woken = waiter.wait(deadline.within(self._waiting.recheck()))
+                if not woken:
+                    # Nothing was given to us that we would have to hand on: tickets are withdrawn, and whoever is
+                    # next in line is told.
+                    if deadline.passed():
+                        raise self._timed_out(grant, request)
+                    self._require_possible(engine, request)
+        finally:
+            self._waiting.leave(waiter)
+
+    def _timed_out(self, grant: Grant, request: GPURequest) -> AcquireTimeout:
+        self._counters.add("timeouts")
+        waited = time.monotonic() - grant.asked_at
+        explanation = self._explain(request)
+        lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
+        return AcquireTimeout(f"no GPU for {explanation.request} within {waited:.1f} s:\n{lines}")
+
+    def _require_possible(self, engine: _Engine, request: GPURequest) -> None:
+        snapshots, _ = self._table.view()
+        if any(endpoint_id not in snapshots for endpoint_id in engine.endpoints):
+            return  # somebody has not answered yet: who knows
+        local_only = request.local is None and bool(self._local_ids)
+        most = 0
+        for endpoint_id in engine.endpoints:
+            snapshot = snapshots[endpoint_id]
+            # A card that cannot be read at the moment may come back.
+            if snapshot.sample.faults:
+                return
+            if not local_only or snapshot.is_local:
+                most = max(most, self._screened(snapshot, request).possible)
+        if most >= request.count:
+            return
+        explanation = self._explain(request)
+        lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
+        where = ""
+        if not self._endpoint_configs:
+            local = next(iter(engine.endpoints.values()))
+            where = f"\n  this machine: {local.description}; to use other machines set GPU_SERVICE_ENDPOINTS"
+        raise NoSuchGPU(f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}".rstrip())
+
+    # -- looking and claiming ----------------------------------------------------------------------------------
+
+    def _screened(self, snapshot: Snapshot, request: GPURequest) -> Screened:
+        key = (snapshot.endpoint_id, request)
+        known = self._screens.get(key)
+        if known is not None and known[0] is snapshot:
+            return known[1]
+        if len(self._screens) > REMEMBERED_REQUESTS * (8 + len(self._endpoint_configs)):
+            self._screens.clear()
+        screened = screen(snapshot, request, self._limits)
+        self._screens[key] = (snapshot, screened)
+        return screened
+
+    def _unusable(self, endpoint: PolledEndpoint, snapshot: Snapshot | None, now: float) -> Reason | None:
+        """Why nothing may be granted at the endpoint at all."""
+        if endpoint.draining:
+            return Reason("draining", "is being drained")
+        if endpoint.open:
+            return Reason("endpoint-down", f"is down (breaker {endpoint.numbers().breaker}): {_error_of(endpoint)}")
+        if snapshot is None:
+            return Reason("no-reading", f"has not answered yet: {_error_of(endpoint)}")
+        age = snapshot.age(now)
+        if age > self._settings.max_stats_age:
+            return Reason("stale", f"its readings are {age:.1f} s old: {_error_of(endpoint)}")
+        return None
+
+    def _look(self, engine: _Engine, request: GPURequest) -> list[_Seen]:
+        """The endpoints that may grant now, with their cards for the request."""
+        snapshots, duplicates = self._table.view()
+        now = boottime()
+        oldest = now - self._settings.max_stats_age
+        local_only = request.local is None and bool(self._local_ids)
+        taken: set[str] = set()
+        seen: list[_Seen] = []
+        shared = request.shared
+        for endpoint in engine.endpoints.values():
+            snapshot = snapshots.get(endpoint.id)
+            if snapshot is None or endpoint.draining or endpoint.open or snapshot.sample.taken_at < oldest:
+                continue
+            if local_only and not snapshot.is_local:
+                continue
+            store = engine.store_of(endpoint.id)
+            free: list[Card] = []
+            wanted: list[Card] = []
+            for card, reason, held in usable(
+                self._screened(snapshot, request),
+                snapshot,
+                is_held=store.is_held,
+                released_at=store.released_at,
+                shared=shared,
+            ):
+                if reason is not None:
+                    continue
+                if duplicates and card.key in duplicates:
+                    if card.key in taken:
+                        continue  # another URL of the same host has offered it
+                    taken.add(card.key)
+                wanted.append(card)
+                if not held or (shared and _shareable(store, card, request)):
+                    free.append(card)
+            if len(wanted) >= request.count:
+                seen.append(_Seen(endpoint, snapshot, free, wanted))
+        return seen
+
+    def _ordered(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
+        """The endpoints that have enough free cards, as the strategy would try them."""
+        ready = [each for each in seen if len(each.free) >= request.count]
+        if len(ready) < 2:
+            # Also a single endpoint is a decision that the strategy counts.
+            return ready if not ready else self._by_strategy(ready, request)
+        first: list[_Seen] = []
+        later: list[_Seen] = []
+        for each in ready:
+            # An endpoint whose last poll failed comes last; one that has just recovered gets a growing share.
+            share = each.endpoint.reintroduced()
+            sits_out = each.endpoint.sick or (share < 1.0 and _random() >= share)
+            (later if sits_out else first).append(each)
+        if not first:
+            first, later = later, []
+        return self._by_strategy(first, request) + later
+
+    def _by_strategy(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
+        by_id = {each.endpoint.id: each for each in seen}
+        views = [
+            EndpointView(
+                endpoint_id=each.endpoint.id,
+                total_gpus=len(each.snapshot.cards),
+                free_gpus=len(each.free),
+                mean_load=sum(card.reading.load for card in each.free) / len(each.free),
+                is_local=each.snapshot.is_local,
+            )
+            for each in seen
+        ]
+        return [by_id[view.endpoint_id] for view in self._strategy.order(views, request)]
+
+    def _claim_free(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
+        """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
+        claims = 0
+        for each in self._ordered(seen, request):
+            store = engine.store_of(each.endpoint.id)
+            claims += 1
+            granted = self._claim(store, grant, request, [(each, each.free)], queue=False)
+            self._strategy.feedback(each.endpoint.id, granted)
+            if granted:
+                break
+            self._counters.add("refused")
+        return claims
+
+    def _claim_queued(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
+        """Claim at every arbiter, leaving a ticket for all cards that would do; returns how many claims it took."""
+        order = self._ordered(seen, request)
+        chosen = set(map(id, order))
+        offers = [(each, [*each.free, *_others(each)]) for each in order]
+        offers += [(each, list(each.wanted)) for each in seen if id(each) not in chosen]
+        by_store: dict[int, tuple[LeaseStore, list[tuple[_Seen, list[Card]]]]] = {}
+        for each, cards in offers:
+            store = engine.store_of(each.endpoint.id)
+            by_store.setdefault(id(store), (store, []))[1].append((each, cards))
+        for number, (store, mine) in enumerate(by_store.values(), 1):
+            if self._claim(store, grant, request, mine, queue=True, reserve=number == 1):
+                return number
+        return len(by_store)
+
+    def _claim(
+        self,
+        store: LeaseStore,
+        grant: Grant,
+        request: GPURequest,
+        offers: Sequence[tuple[_Seen, Sequence[Card]]],
+        *,
+        queue: bool,
+        reserve: bool = True,
+    ) -> bool:
+        if store not in grant.asked:
+            grant.asked.append(store)
+        claim = Claim(
+            id=grant.id,
+            holder=self._holder or self._make_holder(),
+            groups=tuple(tuple(_wanted(store, card, request) for card in cards) for _, cards in offers),
+            count=request.count,
+            share=_share(request),
+            ttl=self._settings.ttl,
+            waited=time.monotonic() - grant.asked_at,
+            queue=queue,
+            reserve=reserve,
+            note=grant.note,
+        )
+        try:
+            outcome = store.claim(claim)
+        except LeaseStoreError as exc:
+            # Fail closed: an arbiter that cannot be asked grants nothing. The others still may.
+            self._counters.add("store_errors")
+            logger.warning("no lease from %s: %s", store.description, exc)
+            return False
+        except LeaseLost:
+            # Only release_all() or close() can have released an id that no caller has yet.
+            raise PoolClosed("the pool's leases were all released while this call waited") from None
+        if not isinstance(outcome, Granted):
+            return False
+        lease = outcome.lease
+        for each, cards in offers:
+            mine = {card.key: card for card in cards}
+            if lease.cards[0] in mine:
+                grant.cards = tuple(mine[key] for key in lease.cards)
+                grant.snapshot = each.snapshot
+                break
+        else:
+            # A repeated claim may return a lease on cards that dropped out of view since.
+            raise LeaseStoreError(f"{store.description} granted cards that were not asked for")
+        grant.store = store
+        grant.lease = lease
+        for other in grant.asked:
+            if other is not store:
+                other.withdraw([grant.id])
+        return True
+
+    def _make_holder(self) -> Holder:
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # no entry for the uid: containers
+            user = str(os.getuid()) if hasattr(os, "getuid") else "?"
+        self._holder = Holder(
+            id=secrets.token_hex(8),
+            name=self._settings.name,
+            user=user,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        return self._holder
+
+    # -- releasing ---------------------------------------------------------------------------------------------
+
+    def release(self, gpu: Any) -> None:
+        """
+        Give back what `acquire` returned. Idempotent; in a forked child the parent's leases are left alone.
+
+        Raises:
+            ConfigError: not a handle of this pool.
+        """
+        if not isinstance(gpu, _Handle) or gpu._pool is not self:
+            raise ConfigError(f"release({gpu!r}): only what this pool's acquire() returned can be released here")
+        self._release(gpu._tie.grant)
+
+    def release_all(self) -> None:
+        """Give back every lease of this pool in this process, those of forgotten handles included."""
+        for grant in list(self._grants.values()):
+            # Claims that are under way are not ours to end; after close() they end themselves.
+            if grant.lease is not None:
+                self._release(grant)
+
+    def _release(self, grant: Grant) -> None:
+        if grant.released or grant.pid != os.getpid():
+            return
+        if grant.children:
+            grant.children = [child for child in grant.children if child.poll() is None]
+            if grant.children:
+                # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
+                if grant not in self._leaving:
+                    self._leaving.append(grant)
+                return
+        # Idempotent at the store, so an interrupt before the next line only makes it happen again.
+        for store in grant.asked:
+            store.release([grant.id])
+        grant.released = True
+        self._forget(grant)
+        if grant.lease is not None:
+            self._counters.released(time.monotonic() - grant.begun_at)
+            forget_mask(grant)
+            engine = self._engine
+            if engine is not None and grant.snapshot is not None:
+                engine.monitor.nudge(grant.snapshot.endpoint_id)
+
+    def _give_up(self, grant: Grant) -> None:
+        """Undo a claim whose caller will never have it."""
+        if grant.pid == os.getpid():
+            for store in grant.asked:
+                store.release([grant.id])
+            grant.released = True
+        self._forget(grant)
+
+    def _forget(self, grant: Grant) -> None:
+        self._grants.pop(grant.id, None)
+        self._watched.pop(grant.tie_ref, None)
+
+    # -- looking at it -----------------------------------------------------------------------------------------
+
+    def explain(self, **request: Any) -> Explanation:
+        """
+        Why a request like this is, or is not, granted now: a verdict for each card.
+
+        Takes the arguments of `acquire` (but not `timeout`).
+        """
+        request.pop("note", None)
+        asked = self._request(request.pop("count", None), request)
+        engine = self._opened()
+        self._first_reading(engine, Deadline.after(None))
+        return self._explain(asked)
+
+    def _explain(self, request: GPURequest) -> Explanation:
+        from gpupool_sync.status import CardVerdict, Explanation
+
+        engine = self._engine
+        endpoints = engine.endpoints if engine is not None else {}
+        snapshots, duplicates = self._table.view()
+        now = boottime()
+        local_only = request.local is None and bool(self._local_ids)
+        silent: dict[str, str] = {}
+        verdicts: list[CardVerdict] = []
+        taken: set[str] = set()
+        free = elsewhere = 0
+        for endpoint in endpoints.values():
+            snapshot = snapshots.get(endpoint.id)
+            unusable = self._unusable(endpoint, snapshot, now)
+            if unusable is not None:
+                silent[endpoint.id] = unusable.text
+            if snapshot is None:
+                continue
+            assert engine is not None
+            for card, reason in self._verdicts(engine, snapshot, request):
+                if unusable is not None and reason is None:
+                    reason = unusable
+                elif reason is None and card.key in duplicates and card.key in taken:
+                    reason = Reason("duplicate", "offered by another endpoint of the same host")
+                elif reason is None and local_only and not snapshot.is_local:
+                    reason = Reason("not-local", "free, but in another machine; local=False asks for it too")
+                    elsewhere += 1
+                if card.key in duplicates:
+                    taken.add(card.key)
+                free += reason is None
+                verdicts.append(
+                    CardVerdict(
+                        global_gpu_id=card.global_gpu_id,
+                        name=card.reading.name,
+                        uuid=card.reading.uuid,
+                        code=reason.code if reason is not None else "free",
+                        text=reason.text if reason is not None else "free",
+                    )
+                )
+            for fault in snapshot.sample.faults:
+                verdicts.append(
+                    CardVerdict(
+                        global_gpu_id=f"{endpoint.id}:{'?' if fault.local_gpu_id is None else fault.local_gpu_id}",
+                        name=fault.name or "unknown",
+                        uuid=fault.uuid,
+                        code="fault",
+                        text=fault.reason,
+                    )
+                )
+        return Explanation(
+            request=describe(request),
+            cards=verdicts,
+            endpoints=silent,
+            free=free,
+            elsewhere=elsewhere,
+            waiting=len(self._waiting),
+        )
+
+    def _verdicts(
+        self, engine: _Engine, snapshot: Snapshot, request: GPURequest
+    ) -> Iterable[tuple[Card, Reason | None]]:
+        """Each card of the snapshot with the reason against it, in the order of the cards."""
+        store = engine.store_of(snapshot.endpoint_id)
+        screened = self._screened(snapshot, request)
+        reasons: dict[str, Reason | None] = {card.key: reason for card, reason in screened.unwanted}
+        for card, reason, held in usable(
+            screened, snapshot, is_held=store.is_held, released_at=store.released_at, shared=request.shared
+        ):
+            if held and not (request.shared and reason is None and _shareable(store, card, request)):
+                reason = _held_by(store, card)
+            reasons[card.key] = reason
+        return [(card, reasons.get(card.key)) for card in snapshot.cards]
+
+    def status(self) -> Status:
+        """
+        The pool at this moment: totals, endpoints, cards, who holds what.
+
+        Opens the pool if need be and waits for its first reading.
+        """
+        from gpupool_sync.status import CardStatus, EndpointStatus, Status, WorkerInfo
+
+        engine = self._opened()
+        self._collect_dropped()
+        self._first_reading(engine, Deadline.after(None))
+        snapshots, duplicates = self._table.view()
+        now = boottime()
+        utc = datetime.datetime.now(datetime.timezone.utc)
+        endpoints: list[EndpointStatus] = []
+        gpus: list[CardStatus] = []
+        assignments: dict[str, list[WorkerInfo]] = {}
+        taken: set[str] = set()
+        total = available = healthy = 0
+        for endpoint in engine.endpoints.values():
+            snapshot = snapshots.get(endpoint.id)
+            unusable = self._unusable(endpoint, snapshot, now)
+            numbers = endpoint.numbers()
+            store = engine.store_of(endpoint.id)
+            in_service = unusable is None or unusable.code == "draining"
+            free = 0
+            for card, reason in self._verdicts(engine, snapshot, _DEFAULT_REQUEST) if snapshot is not None else ():
+                if duplicates and card.key in duplicates:
+                    if card.key in taken:
+                        continue  # listed, and counted, at another endpoint of the same host
+                    if in_service:
+                        taken.add(card.key)
+                holders = store.holders_of(card.key)
+                reading = card.reading
+                reason = reason or unusable
+                free += reason is None
+                total += in_service
+                gpus.append(
+                    CardStatus(
+                        global_gpu_id=card.global_gpu_id,
+                        endpoint_id=endpoint.id,
+                        local_gpu_id=reading.local_gpu_id,
+                        name=reading.name,
+                        memory_usage_percent=reading.memory_usage_percent,
+                        utilization_percent=reading.utilization_percent,
+                        is_available=reason is None,
+                        uuid=reading.uuid,
+                        memory_total_mb=reading.memory_total_mb,
+                        memory_used_mb=reading.memory_used_mb,
+                        temperature_c=reading.temperature_c,
+                        power_draw_w=reading.power_draw_w,
+                        holders=[str(info.holder) for info in holders],
+                        held_for=holders[0].since if holders else None,
+                        note=holders[0].note if holders else None,
+                        why_not=reason.text if reason is not None else None,
+                    )
+                )
+                if holders:
+                    assignments[card.global_gpu_id] = [
+                        WorkerInfo(str(info.holder), utc - datetime.timedelta(seconds=info.since), info.note)
+                        for info in holders
+                    ]
+            available += free
+            healthy += numbers.healthy
+            endpoints.append(
+                EndpointStatus(
+                    endpoint_id=endpoint.id,
+                    url=endpoint.url,
+                    is_healthy=numbers.healthy,
+                    last_seen=numbers.last_seen,
+                    total_gpus=len(snapshot.cards) if snapshot is not None else 0,
+                    available_gpus=free,
+                    response_time_ms=numbers.response_time_ms,
+                    breaker=numbers.breaker,
+                    consecutive_failures=numbers.consecutive_failures,
+                    last_error=numbers.last_error,
+                    age=snapshot.age(now) if snapshot is not None else None,
+                    stale=unusable is not None and unusable.code == "stale",
+                    success_rate=numbers.success_rate,
+                    is_local=snapshot is not None and snapshot.is_local,
+                    draining=endpoint.draining,
+                    arbiter=store.description,
+                    scope=store.scope,
+                    problems=[
+                        *(snapshot.sample.problems if snapshot is not None else ()),
+                        *(_fault_line(endpoint.id, fault) for fault in (snapshot.sample.faults if snapshot else ())),
+                    ],
+                )
+            )
+        return Status(
+            total_endpoints=len(endpoints),
+            healthy_endpoints=healthy,
+            total_gpus=total,
+            available_gpus=available,
+            active_workers=sum(len(workers) for workers in assignments.values()),
+            blocked_workers=len(engine.arbiter.queue()),
+            endpoints=endpoints,
+            gpu_assignments=assignments,
+            name=self._settings.name,
+            strategy=self._strategy.name,
+            gpus=gpus,
+            open=not self._closed,
+            taken_at=utc,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """
+        Counters since the beginning (or the last `pop_stats`) and gauges of this moment, as plain JSON-able types.
+
+        ``docs/statistics.md`` says what each means and what its growth tells.
+        """
+        return self._stats(reset=False)
+
+    def pop_stats(self) -> dict[str, Any]:
+        """The same as `stats`, and start the counters again."""
+        return self._stats(reset=True)
+
+    def _stats(self, *, reset: bool) -> dict[str, Any]:
+        result = self._counters.read(reset=reset)
+        engine = self._engine
+        snapshots, _ = self._table.view()
+        now = boottime()
+        result["waiting"] = len(self._waiting)
+        result["waiting_most"] = self._waiting.most
+        result["held"] = sum(1 for grant in list(self._grants.values()) if grant.lease is not None)
+        result["oldest_age"] = max((snapshot.age(now) for snapshot in snapshots.values()), default=None)
+        result["strategy"] = {"name": self._strategy.name, **self._strategy.stats()}
+        result["threads"] = engine.monitor.threads() if engine is not None else 0
+        result["polls"] = engine.monitor.polls if engine is not None else 0
+        result["poll_seconds"] = engine.monitor.poll_seconds if engine is not None else 0.0
+        result["endpoints"] = {}
+        for endpoint in engine.endpoints.values() if engine is not None else ():
+            numbers = endpoint.numbers()
+            result["endpoints"][endpoint.id] = {
+                "healthy": numbers.healthy,
+                "breaker": numbers.breaker,
+                "breaker_changes": numbers.breaker_changes,
+                "successes": numbers.successes,
+                "failures": numbers.failures,
+                "success_rate": numbers.success_rate,
+                "response_time_ms": numbers.response_time_ms,
+            }
+        return result
+
+
+def describe(request: GPURequest) -> str:
+    """The request in words, for messages."""
+    what = "one GPU" if request.count == 1 else f"{request.count} GPUs of one host"
+    if request.memory_mb is not None:
+        what = f"{request.memory_mb:.0f} MiB of a GPU"
+    elif request.max_holders is not None:
+        what = f"one of {request.max_holders} places on a GPU"
+    more = [
+        f"{name}={', '.join(value) if isinstance(value, tuple) else value}"
+        for name, value in (
+            ("local", request.local),
+            ("endpoint", request.endpoint or None),
+            ("model", request.model),
+            ("uuid", request.uuid or None),
+            ("exclude", request.exclude or None),
+            ("min_free_memory_mb", request.min_free_memory_mb),
+            ("max_utilization_percent", request.max_utilization_percent),
+            ("busy_ok", request.busy_ok or None),
+        )
+        if value is not None
+    ]
+    return f"{what} ({', '.join(more)})" if more else what
+
+
+def _timeout(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigError(f"timeout={value!r}: seconds of at least 0 are allowed, or None to wait for ever")
+    return float(value)
+
+
+def _share(request: GPURequest) -> Share | None:
+    if not request.shared:
+        return None
+    return Share(memory_mb=request.memory_mb, places=request.max_holders)
+
+
+def _wanted(store: LeaseStore, card: Card, request: GPURequest) -> Wanted:
+    if request.memory_mb is None:
+        return Wanted(card.key)
+    return Wanted(card.key, _room(store, card))
+
+
+def _room(store: LeaseStore, card: Card) -> float | None:
+    leased = sum(info.share.memory_mb or 0.0 for info in store.holders_of(card.key) if info.share is not None)
+    return room_mb(card.reading, leased)
+
+
+def _shareable(store: LeaseStore, card: Card, request: GPURequest) -> bool:
+    """Whether a share may still fit beside those that are leased, as far as is known here."""
+    shares = [info.share for info in store.holders_of(card.key)]
+    if request.max_holders is not None:
+        return all(s is not None and s.places is not None and len(shares) < s.places for s in shares) and (
+            len(shares) < request.max_holders
+        )
+    assert request.memory_mb is not None
+    if any(s is None or s.memory_mb is None for s in shares):
+        return False
+    room = _room(store, card)
+    return room is not None and request.memory_mb + sum(s.memory_mb or 0.0 for s in shares if s) <= room
+
+
+def _others(seen: _Seen) -> list[Card]:
+    free = {card.key for card in seen.free}
+    return [card for card in seen.wanted if card.key not in free]
+
+
+def _held_by(store: LeaseStore, card: Card) -> Reason:
+    holders = store.holders_of(card.key)
+    if not holders:  # released between two looks
+        return Reason("held", "held until a moment ago")
+    first = holders[0]
+    note = f", note: {first.note}" if first.note else ""
+    more = f" and {len(holders) - 1} more" if len(holders) > 1 else ""
+    return Reason("held", f"held by {first.holder} for {first.since:.0f} s{note}{more}")
+
+
+def _error_of(endpoint: PolledEndpoint) -> str:
+    return endpoint.numbers().last_error or "no error so far"
+
+
+def _fault_line(endpoint_id: str, fault: Any) -> str:
+    return f"GPU {'?' if fault.local_gpu_id is None else fault.local_gpu_id} cannot be used: {fault.reason}"
+
+
+def _random() -> float:
+    import random
+
+    return random.random()  # noqa: S311 - a share of the decisions, no secret
+
+
+def _package_frame(name: str) -> bool:
+    return name == "gpupool_sync" or name.startswith("gpupool_sync.")
+
+
+def _user_stacklevel() -> int:
+    """The `stacklevel` that makes a warning point at the first caller outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _package_frame(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _caller() -> str:
+    """File and line of the first caller outside this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _package_frame(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _rebuild(
+    cls: type[GPUPool],
+    settings: config.Settings,
+    endpoints: tuple[config.Endpoint, ...],
+    on_lost: Callable[[Any], object] | None,
+) -> GPUPool:
+    pool = cls.__new__(cls)
+    pool._setup(settings, on_lost)
+    pool._endpoint_configs = endpoints
+    return pool
+
+
+# -- all pools of this process ---------------------------------------------------------------------------------
+
+_pools: weakref.WeakSet[GPUPool] = weakref.WeakSet()
+_exit_hook_registered = False
+
+
+def _register_exit_hook() -> None:
+    """
+    Close every pool when the interpreter ends, before it joins the executors' threads.
+
+    `concurrent.futures` joins them at exit, before `atexit` runs: a script would hang as long as a hung poll does.
+    `threading`'s own hooks run earlier, the last registered first; they are private, hence the way around.
+    """
+    global _exit_hook_registered
+    if _exit_hook_registered:
+        return
+    _exit_hook_registered = True
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:  # pragma: no cover - no such interpreter so far
+        import atexit
+
+        register = atexit.register
+    register(_close_all)
+
+
+def _close_all() -> None:
+    for pool in list(_pools):
+        try:
+            pool.close(timeout=1.0)
+        except Exception:
+            logger.exception("closing a pool at exit failed")
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,573 @@
+"""What every lease store promises (`leases/base.py`), for each store there is."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import attrs
+import pytest
+
+from gpupool_sync.errors import LeaseLost, LeaseStoreError
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Queued, Refused, Share, Wanted
+from gpupool_sync.leases.memory import MemoryStore
+from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, RESERVE_TIME
+from helpers import HoldLog, run_threads
+
+_numbers = itertools.count()
+
+
+class Clock:
+    """The store's clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(clock) -> LeaseStore:
+    return MemoryStore(clock=clock)
+
+
+def holder(name="a"):
+    return Holder(id=f"holder-{name}", name=name, user="user", host="host", pid=1)
+
+
+def claim(*cards, who="a", count=1, share=None, queue=False, waited=0.0, id=None, groups=None, room=None, **more):
+    wanted = groups if groups is not None else [cards]
+    return Claim(
+        id=id or f"id-{next(_numbers)}",
+        holder=holder(who),
+        groups=tuple(tuple(Wanted(card, room) for card in group) for group in wanted),
+        count=count,
+        share=share,
+        waited=waited,
+        queue=queue,
+        **more,
+    )
+
+
+def granted(outcome) -> tuple[str, ...]:
+    assert isinstance(outcome, Granted), outcome
+    return outcome.lease.cards
+
+
+class Hints:
+    """What the store hinted, in order."""
+
+    def __init__(self, store) -> None:
+        self.ids: list[str] = []
+        self.unsubscribe = store.subscribe(self.ids.extend)
+
+    def take(self) -> list[str]:
+        ids, self.ids[:] = list(self.ids), []
+        return ids
+
+
+# -- atomic ----------------------------------------------------------------------------------------------------
+
+
+def test_a_held_card_is_refused_with_its_holder(store):
+    """Who asks for a card that somebody has is told who has it."""
+    store.claim(claim("gpu", who="alice"))
+    outcome = store.claim(claim("gpu", who="bob"))
+
+    assert isinstance(outcome, Refused)
+    assert outcome.reasons["gpu"].code == "held"
+    assert "alice" in outcome.reasons["gpu"].text
+
+
+def test_the_first_free_card_of_the_preference_list_is_granted(store):
+    """The order of the wish is respected."""
+    store.claim(claim("b"))
+    assert granted(store.claim(claim("b", "c", "a"))) == ("c",)
+
+
+def test_several_cards_are_granted_all_or_nothing(store):
+    """Two of three free cards do not serve a wish for three."""
+    store.claim(claim("b"))
+
+    assert isinstance(store.claim(claim("a", "b", "c", count=3)), Refused)
+    assert granted(store.claim(claim("a", "b", "c", count=2))) == ("a", "c")
+
+
+def test_several_cards_come_from_one_group(store):
+    """Cards of two hosts are never mixed in one lease."""
+    store.claim(claim("a1"))
+    groups = [("a1", "a2"), ("b1", "b2")]
+
+    assert granted(store.claim(claim(groups=groups, count=2))) == ("b1", "b2")
+
+
+def test_threads_racing_for_cards_never_hold_one_twice(store):
+    """Of many threads that claim and release at the same time, no two ever hold one card."""
+    log = HoldLog()
+
+    def work(number):
+        served = 0
+        for _ in range(200):
+            wish = claim("a", "b", "c", who=str(number))
+            outcome = store.claim(wish)
+            if isinstance(outcome, Granted):
+                with log.holding(outcome.lease.cards[0], outcome.lease.token):
+                    served += 1
+                store.release([wish.id])
+        return served
+
+    served = run_threads(8, work)
+
+    assert sum(served) == len(log.holds()) > 0
+    assert log.overlaps() == []
+    assert log.token_regressions() == []
+    assert store.leases() == []
+
+
+# -- idempotent ------------------------------------------------------------------------------------------------
+
+
+def test_repeating_a_claim_returns_the_same_lease(store):
+    """A client that lost the answer asks again and gets what it has, not another card."""
+    wish = claim("a", "b")
+    first = store.claim(wish)
+
+    assert store.claim(wish) == first
+    assert granted(store.claim(claim("b", "a", id=wish.id))) == ("a",)
+    assert len(store.leases()) == 1
+
+
+@pytest.mark.parametrize("end", ["release", "withdraw"])
+def test_a_claim_that_arrives_after_its_end_is_gone(store, end):
+    """A delayed duplicate cannot take a card that nobody would release."""
+    wish = claim("a")
+    store.claim(wish)
+    getattr(store, end)([wish.id])
+
+    with pytest.raises(LeaseLost):
+        store.claim(wish)
+    assert store.leases() == []
+
+
+def test_a_release_before_its_claim_wins(store):
+    """Who gives up before the claim arrives does not get a card afterwards."""
+    wish = claim("a")
+    store.release([wish.id])
+
+    with pytest.raises(LeaseLost):
+        store.claim(wish)
+    assert not store.is_held("a")
+
+
+def test_releasing_twice_frees_nothing_of_somebody_else(store):
+    """A second release does not free the card of the next holder."""
+    first, second = claim("a"), claim("a", who="b")
+    store.claim(first)
+    store.release([first.id])
+    store.claim(second)
+    store.release([first.id])
+
+    assert store.is_held("a")
+
+
+@pytest.mark.parametrize(
+    "other", [{"count": 2}, {"who": "b"}, {"share": Share(places=2)}], ids=["count", "holder", "share"]
+)
+@pytest.mark.parametrize("queued", [False, True])
+def test_the_same_id_with_another_body_is_an_error(store, other, queued):
+    """A collision of ids is found, not granted."""
+    if queued:
+        store.claim(claim("a", "b", who="z", count=2))
+    store.claim(claim("a", "b", id="same", queue=queued))
+
+    with pytest.raises(LeaseStoreError):
+        store.claim(claim("a", "b", id="same", **other))
+
+
+def test_ids_are_not_displayed(store):
+    """The id is the capability to release, so no repr and no list shows it."""
+    wish = claim("a", id="secret-id")
+    outcome = store.claim(wish)
+
+    assert "secret-id" not in f"{wish!r} {outcome!r} {store.leases()!r} {store.queue()!r}"
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_grow(store):
+    """A later holder of a card has a larger token."""
+    tokens = []
+    for _ in range(5):
+        wish = claim("a")
+        tokens.append(store.claim(wish).lease.token)
+        store.release([wish.id])
+
+    assert tokens == sorted(set(tokens))
+
+
+# -- looking ---------------------------------------------------------------------------------------------------
+
+
+def test_leases_tell_who_holds_what_since_when(store, clock):
+    """Everybody can see who has a card, for how long, and why."""
+    store.claim(claim("a", who="alice", note="training"))
+    clock.advance(7.0)
+    (info,) = store.leases()
+
+    assert (info.cards, info.holder.name, info.note, info.since) == (("a",), "alice", "training", 7.0)
+    assert store.holders_of("a") == (info,)
+    assert store.holders_of("b") == ()
+
+
+def test_the_time_of_the_last_release_is_known(store, clock):
+    """A reading from before the release can be told from one after it."""
+    wish = claim("a")
+    assert store.released_at("a") is None
+    store.claim(wish)
+    clock.advance(3.0)
+    store.release([wish.id])
+
+    assert store.released_at("a") == clock()
+
+
+def test_renewing_tells_which_leases_are_gone(store):
+    """A holder finds out which of its leases it has no more."""
+    wish = claim("a")
+    store.claim(wish)
+
+    assert store.renew([wish.id, "unknown"]) == {wish.id: True, "unknown": False}
+
+
+# -- shares ----------------------------------------------------------------------------------------------------
+
+
+def test_shares_by_memory_fit_while_the_sum_does(store):
+    """Shares of one card never sum up to more than its room."""
+    for _ in range(2):
+        granted(store.claim(claim("a", share=Share(memory_mb=4000.0), room=10_000.0)))
+
+    assert isinstance(store.claim(claim("a", share=Share(memory_mb=4000.0), room=10_000.0)), Refused)
+    granted(store.claim(claim("a", share=Share(memory_mb=2000.0), room=10_000.0)))
+
+
+def test_a_share_larger_than_the_room_is_refused_on_an_idle_card(store):
+    """Also the first share must fit."""
+    assert isinstance(store.claim(claim("a", share=Share(memory_mb=4000.0), room=3000.0)), Refused)
+    assert isinstance(store.claim(claim("a", share=Share(memory_mb=4000.0))), Refused)
+
+
+def test_places_are_counted(store):
+    """One of two places is granted twice, not three times."""
+    share = Share(places=2)
+    granted(store.claim(claim("a", share=share)))
+    granted(store.claim(claim("a", share=share)))
+
+    assert isinstance(store.claim(claim("a", share=share)), Refused)
+
+
+def test_the_narrowest_wish_for_places_counts(store):
+    """Who agreed to two holders is not joined by a third who would accept four."""
+    granted(store.claim(claim("a", share=Share(places=2))))
+    granted(store.claim(claim("a", share=Share(places=4))))
+
+    assert isinstance(store.claim(claim("a", share=Share(places=4))), Refused)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    list(itertools.permutations([None, Share(places=4), Share(memory_mb=10.0)], 2)),
+    ids=str,
+)
+def test_a_card_has_one_mode_at_a_time(store, shares):
+    """Whole, by memory, by places: modes do not mix on a card."""
+    first, second = shares
+    granted(store.claim(claim("a", share=first, room=1000.0)))
+
+    assert isinstance(store.claim(claim("a", share=second, room=1000.0)), Refused)
+
+
+# -- the queue -------------------------------------------------------------------------------------------------
+
+
+def test_a_freed_card_is_hinted_to_the_oldest_waiter_and_kept_for_it(store, clock):
+    """Who waited longest gets the card, although a newcomer asks first."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    waits = [claim("a", who=str(n), queue=True) for n in range(3)]
+    for position, wish in enumerate(waits):
+        assert store.claim(wish) == Queued(position)
+        clock.advance(0.1)
+    store.release([held.id])
+
+    assert hints.take() == [waits[0].id]
+    refused = store.claim(claim("a", who="newcomer"))
+    assert refused.reasons["a"].code == "queue"
+    assert granted(store.claim(waits[0])) == ("a",)
+
+
+def test_waiters_are_served_in_order(store, clock):
+    """Ten waiters for one card are served in the order in which they came."""
+    hints = Hints(store)
+    current = claim("a")
+    store.claim(current)
+    waits = [claim("a", who=str(n), queue=True) for n in range(10)]
+    for wish in waits:
+        store.claim(wish)
+        clock.advance(0.01)
+    served = []
+    while waits and len(served) < 10:
+        store.release([current.id])
+        (next_id,) = hints.take()
+        current = next(wish for wish in waits if wish.id == next_id)
+        granted(store.claim(current))
+        served.append(current)
+
+    assert served == waits
+
+
+def test_a_waiter_that_does_not_answer_is_passed_over_until_it_speaks(store, clock):
+    """A stopped waiter at the head delays the next one by a second, once."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    stopped, next_one = claim("a", who="s", queue=True), claim("a", who="n", queue=True)
+    store.claim(stopped)
+    store.claim(next_one)
+    store.release([held.id])
+    assert hints.take() == [stopped.id]
+
+    assert isinstance(store.claim(next_one), Queued)
+    clock.advance(ANSWER_TIME)
+    granted(store.claim(next_one))
+
+    # It is passed over at once the next time ...
+    third = claim("a", who="t", queue=True)
+    store.claim(third)
+    hints.take()
+    store.release([next_one.id])
+    assert hints.take() == [third.id]
+    # ... but keeps its place as soon as it speaks.
+    granted(store.claim(stopped))
+
+
+def test_leaving_the_queue_hints_the_next(store):
+    """A waiter that gives up does not keep the card from the one behind it."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    first, second = claim("a", who="1", queue=True), claim("a", who="2", queue=True)
+    store.claim(first)
+    store.claim(second)
+    store.release([held.id])
+    store.withdraw([first.id])
+
+    assert hints.take() == [first.id, second.id]
+    granted(store.claim(second))
+
+
+def test_waiting_elsewhere_counts(store, clock):
+    """Who has waited longer at another arbiter stands before who came here first."""
+    held = claim("a")
+    store.claim(held)
+    here, elsewhere = claim("a", who="here", queue=True), claim("a", who="elsewhere", queue=True, waited=30.0)
+    store.claim(here)
+    assert store.claim(elsewhere) == Queued(0)
+    store.release([held.id])
+
+    assert isinstance(store.claim(here), Queued)
+    granted(store.claim(elsewhere))
+
+
+def test_a_re_ask_cannot_jump_the_queue_by_more_than_a_minute(store, clock):
+    """A client that tells a wrong waiting time gains a minute at most."""
+    store.claim(claim("a"))
+    honest = claim("a", who="honest", queue=True, waited=MAX_FORWARD + 10.0)
+    store.claim(honest)
+    liar = claim("a", who="liar", queue=True)
+    store.claim(liar)
+
+    assert store.claim(attrs.evolve(liar, waited=1e9)) == Queued(1)
+
+
+def test_a_place_never_gets_worse(store, clock):
+    """Asking again does not cost the place."""
+    store.claim(claim("a"))
+    first, second = claim("a", who="1", queue=True, waited=1.0), claim("a", who="2", queue=True)
+    store.claim(first)
+    store.claim(second)
+
+    assert store.claim(attrs.evolve(first, waited=0.0)) == Queued(0)
+
+
+def test_a_waiter_is_not_held_up_by_one_who_wants_other_cards(store):
+    """Queues for different cards do not block one another."""
+    store.claim(claim("a"))
+    store.claim(claim("a", who="1", queue=True))
+
+    granted(store.claim(claim("b", who="2")))
+
+
+def test_a_ticket_can_be_rewritten(store):
+    """When other cards come into view, the ticket names them and keeps its place."""
+    hints = Hints(store)
+    held_a, held_b = claim("a"), claim("b")
+    store.claim(held_a)
+    store.claim(held_b)
+    wish = claim("a", who="1", queue=True)
+    store.claim(wish)
+    store.claim(attrs.evolve(wish, groups=((Wanted("b"),),)))
+    store.release([held_a.id])
+    assert hints.take() == []
+    store.release([held_b.id])
+    assert hints.take() == [wish.id]
+
+
+def test_two_freed_cards_are_hinted_to_two_waiters(store):
+    """Nobody sleeps beside a free card because an older waiter has been told of another one."""
+    hints = Hints(store)
+    held = [claim("a"), claim("b")]
+    for each in held:
+        store.claim(each)
+    waits = [claim("a", "b", who=str(n), queue=True) for n in range(3)]
+    for wish in waits:
+        store.claim(wish)
+    store.release([held[0].id])
+    store.release([held[1].id])
+
+    assert hints.take() == [waits[0].id, waits[1].id]
+    assert {granted(store.claim(waits[1])), granted(store.claim(waits[0]))} == {("a",), ("b",)}
+
+
+def test_a_waiter_for_several_cards_collects_them(store, clock):
+    """A wish for two cards is not starved by a stream of wishes for one."""
+    hints = Hints(store)
+    held = [claim("a"), claim("b")]
+    for each in held:
+        store.claim(each)
+    both = claim("a", "b", who="both", count=2, queue=True)
+    store.claim(both)
+    single = claim("a", "b", who="single", queue=True)
+    store.claim(single)
+    store.release([held[0].id])
+
+    assert hints.take() == []
+    assert isinstance(store.claim(single), Queued)
+    store.release([held[1].id])
+    assert hints.take() == [both.id]
+    assert granted(store.claim(both)) == ("a", "b")
+
+
+def test_a_silent_waiter_for_several_cards_holds_nothing_back_for_long(store, clock):
+    """A dead process that wanted two cards does not keep one idle for ever."""
+    held = [claim("a"), claim("b")]
+    for each in held:
+        store.claim(each)
+    store.claim(claim("a", "b", who="both", count=2, queue=True))
+    single = claim("a", "b", who="single", queue=True)
+    store.claim(single)
+    store.release([held[0].id])
+    clock.advance(RESERVE_TIME)
+
+    granted(store.claim(single))
+
+
+def test_only_the_first_waiter_for_several_cards_collects(store):
+    """Two wishes for two cards do not each sit on one."""
+    held = [claim("a"), claim("b"), claim("c")]
+    for each in held:
+        store.claim(each)
+    store.claim(claim("a", "b", who="1", count=2, queue=True))
+    store.claim(claim("b", "c", who="2", count=2, queue=True))
+    store.release([held[2].id])
+
+    granted(store.claim(claim("c", who="3")))
+
+
+def test_a_waiter_that_may_not_reserve_holds_nothing_back(store):
+    """A wish for several cards reserves at one arbiter at a time."""
+    held = [claim("a"), claim("b")]
+    for each in held:
+        store.claim(each)
+    store.claim(claim("a", "b", who="both", count=2, queue=True, reserve=False))
+    store.release([held[0].id])
+
+    granted(store.claim(claim("a", who="single")))
+
+
+def test_waiters_for_shares_are_served_together(store):
+    """When a card comes free, as many shares as fit are hinted."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    share = Share(memory_mb=4000.0)
+    waits = [claim("a", who=str(n), queue=True, share=share, room=10_000.0) for n in range(3)]
+    for wish in waits:
+        store.claim(wish)
+    store.release([held.id])
+
+    assert hints.take() == [waits[0].id, waits[1].id]
+
+
+def test_the_queue_can_be_looked_at(store, clock):
+    """Who waits for what, and how long, is no secret."""
+    store.claim(claim("a"))
+    store.claim(claim("a", who="first", queue=True, note="sweep"))
+    clock.advance(5.0)
+    (ticket,) = store.queue()
+
+    assert (ticket.position, ticket.holder.name, ticket.cards, ticket.waited, ticket.note) == (
+        0,
+        "first",
+        ("a",),
+        5.0,
+        "sweep",
+    )
+
+
+def test_hints_stop_after_unsubscribing(store):
+    """A pool that was closed is not called any more."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    store.claim(claim("a", who="1", queue=True))
+    hints.unsubscribe()
+    store.release([held.id])
+
+    assert hints.take() == []
+
+
+def test_waiting_threads_are_all_served_and_never_overlap(clock):
+    """Many threads that wait by hints share few cards without overlap, and all of them get their turns."""
+    store = MemoryStore()
+    log = HoldLog()
+    wake: dict[str, threading.Event] = {}
+    store.subscribe(lambda ids: [wake[id].set() for id in ids if id in wake])
+
+    def work(number):
+        for _ in range(50):
+            wish = claim("a", "b", who=str(number), queue=True)
+            wake[wish.id] = threading.Event()
+            while not isinstance(outcome := store.claim(wish), Granted):
+                wake[wish.id].wait(1.0)
+                wake[wish.id].clear()
+            with log.holding(outcome.lease.cards[0], outcome.lease.token):
+                pass
+            store.release([wish.id])
+            del wake[wish.id]
+
+    run_threads(8, work)
+
+    assert len(log.holds()) == 8 * 50
+    assert log.overlaps() == []
+    assert (store.leases(), store.queue()) == ([], [])
