@@ -7,12 +7,10 @@ lock, and the arbiter alone decides.
 
 from __future__ import annotations
 
+import copy
 import datetime
-import getpass
 import logging
 import os
-import secrets
-import socket
 import sys
 import threading
 import time
@@ -135,7 +133,17 @@ class _Counters:
                 self._counts, self._grants = {}, {}
                 self._waits.clear()
                 self._holds.clear()
-        names = ("grants", "releases", "queued", "timeouts", "refused", "claims", "store_errors", "forgotten")
+        names = (
+            "requests",
+            "grants",
+            "releases",
+            "queued",
+            "timeouts",
+            "refused",
+            "claims",
+            "store_errors",
+            "forgotten",
+        )
         return {
             "seconds": seconds,
             **{name: counts.get(name, 0) for name in names},
@@ -398,10 +406,9 @@ class GPUPool:
                 stacklevel=_user_stacklevel(),
             )
             return shared_store()
-        kind, _, rest = asked.partition(":")
-        if kind != "memory":
+        if asked != "memory:":
             raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' only")
-        return shared_store(rest)
+        return shared_store()
 
     def close(self, timeout: float = 5.0) -> None:
         """
@@ -453,6 +460,8 @@ class GPUPool:
         closed = self._closed
         self._fresh_state()
         self._closed = closed
+        # A copy has the settings and a lock of its own: another thread may have held the old one at the fork.
+        self._strategy = copy.copy(self._strategy)
 
     # -- the endpoints -----------------------------------------------------------------------------------------
 
@@ -665,7 +674,7 @@ class GPUPool:
         return GPU(self, tie, tie.grant.cards[0]) if count is None else GPUs(self, tie)
 
     def _new_grant(self, note: str | None, on_lost: Callable[[Any], object] | None) -> Grant:
-        grant = Grant(secrets.token_hex(16), note)
+        grant = Grant(os.urandom(16).hex(), note)
         grant.on_lost = on_lost or self._on_lost
         return grant
 
@@ -884,15 +893,22 @@ class GPUPool:
     def _claim_free(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
         """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
         claims = 0
-        for each in self._ordered(seen, request):
-            store = engine.store_of(each.endpoint.id)
+        left = list(seen)
+        while True:
+            # Ordered again after a refusal: strategies learn from it (a crowd is at the best endpoint).
+            order = self._ordered(left, request)
+            if not order:
+                return claims
+            first = order[0]
             claims += 1
-            granted = self._claim(store, grant, request, [(each, each.free)], queue=False)
-            self._strategy.feedback(each.endpoint.id, granted)
+            granted = self._claim(
+                engine.store_of(first.endpoint.id), grant, request, [(first, first.free)], queue=False
+            )
+            self._strategy.feedback(first.endpoint.id, granted)
             if granted:
-                break
+                return claims
             self._counters.add("refused")
-        return claims
+            left.remove(first)
 
     def _claim_queued(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
         """Claim at every arbiter, leaving a ticket for all cards that would do; returns how many claims it took."""
@@ -906,6 +922,8 @@ class GPUPool:
             by_store.setdefault(id(store), (store, []))[1].append((each, cards))
         for number, (store, mine) in enumerate(by_store.values(), 1):
             if self._claim(store, grant, request, mine, queue=True, reserve=number == 1):
+                assert grant.snapshot is not None
+                self._strategy.feedback(grant.snapshot.endpoint_id, True)
                 return number
         return len(by_store)
 
@@ -963,12 +981,15 @@ class GPUPool:
         return True
 
     def _make_holder(self) -> Holder:
+        import getpass
+        import socket
+
         try:
             user = getpass.getuser()
         except (KeyError, OSError):  # no entry for the uid: containers
             user = str(os.getuid()) if hasattr(os, "getuid") else "?"
         self._holder = Holder(
-            id=secrets.token_hex(8),
+            id=os.urandom(8).hex(),
             name=self._settings.name,
             user=user,
             host=socket.gethostname(),
@@ -1084,16 +1105,16 @@ class GPUPool:
                         text=reason.text if reason is not None else "free",
                     )
                 )
-            for fault in snapshot.sample.faults:
-                verdicts.append(
-                    CardVerdict(
-                        global_gpu_id=f"{endpoint.id}:{'?' if fault.local_gpu_id is None else fault.local_gpu_id}",
-                        name=fault.name or "unknown",
-                        uuid=fault.uuid,
-                        code="fault",
-                        text=fault.reason,
-                    )
+            verdicts += [
+                CardVerdict(
+                    global_gpu_id=f"{endpoint.id}:{'?' if fault.local_gpu_id is None else fault.local_gpu_id}",
+                    name=fault.name or "unknown",
+                    uuid=fault.uuid,
+                    code="fault",
+                    text=fault.reason,
                 )
+                for fault in snapshot.sample.faults
+            ]
         return Explanation(
             request=describe(request),
             cards=verdicts,

@@ -50,9 +50,9 @@ class MemoryStore:
 
     scope: Scope = "process"
     needs_listener = False
+    description = "memory:"
 
-    def __init__(self, name: str = "", *, clock: Callable[[], float] = boottime) -> None:
-        self.description = f"memory:{name}"
+    def __init__(self, *, clock: Callable[[], float] = boottime) -> None:
         self._clock = clock
         self._reset()
 
@@ -264,24 +264,25 @@ class MemoryStore:
         """Nothing to let go of: leases of other pools of this process live in the same book."""
 
 
-_shared: dict[str, MemoryStore] = {}
-# Guards _shared: two pools opened at once by two threads must share one book.
+_shared: MemoryStore | None = None
+# Guards the making of _shared: two pools opened at once by two threads must share one book.
 _shared_lock = threading.Lock()
 
 
-def shared_store(name: str = "") -> MemoryStore:
-    """The process-wide book of that name: all pools of a process that name it exclude one another."""
+def shared_store() -> MemoryStore:
+    """The book of this process: all pools that name it ("memory:") exclude one another."""
+    global _shared
     with _shared_lock:
-        if name not in _shared:
-            _shared[name] = MemoryStore(name)
-        return _shared[name]
+        if _shared is None:
+            _shared = MemoryStore()
+        return _shared
 
 
 def _after_fork_in_child() -> None:
     global _shared_lock
     _shared_lock = threading.Lock()
-    for store in _shared.values():
-        store.forget_after_fork()
+    if _shared is not None:
+        _shared.forget_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

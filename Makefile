@@ -1,0 +1,67 @@
+# make demo and make test are all that a fresh machine needs: each makes .venv and installs what it uses.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Passed on: make demo DEMO_ARGS=--json, make test TEST_ARGS="-x tests/test_strategies.py"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+# Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
+TEST_SYSTEM_PACKAGES ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo    three simulated servers, one of them killed and restarted; DEMO_ARGS=--json for programs"
+	@echo "make test    the tests; TEST_ARGS goes to pytest"
+	@echo "make lint    ruff, mypy and the import contract"
+	@echo "make bench   the benchmarks; BENCH_ARGS goes to them"
+	@echo "make clean   remove .venv and everything built"
+	@echo "PYTHON=$(PYTHON) makes the virtual environment; 3.10 or later"
+
+demo: $(VENV)/.demo-installed
+	@$(BIN)/gpupool-sync demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev-installed
+	@.ci/system-packages $(TEST_SYSTEM_PACKAGES)
+	@$(BIN)/pytest $(TEST_ARGS)
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+
+bench: $(VENV)/.bench-installed
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find gpupool_sync tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps lie inside .venv, so they go when it goes.  The dev install covers the demo's: the second line of its
+# recipe says so.
+$(VENV)/.made: .ci/make-venv
+	@.ci/make-venv "$(PYTHON)" $(VENV)
+	@touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.made pyproject.toml
+	@echo "installing gpupool-sync[server] into $(VENV)" >&2
+	@$(PIP) install --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.made pyproject.toml
+	@echo "installing gpupool-sync[dev] into $(VENV)" >&2
+	@$(PIP) install --editable '.[dev]'
+	@touch $@ $(VENV)/.demo-installed
+
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	@echo "installing gpupool-sync[bench] into $(VENV)" >&2
+	@$(PIP) install --editable '.[dev,bench]'
+	@touch $@

@@ -1,0 +1,820 @@
+"""Settings: one table from which resolving, error texts and the documentation come.
+
+Nothing here does I/O, and no error, repr or id ever shows a secret: what a URL carries before its ``@`` or
+after its ``?`` is never quoted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import numbers
+import os
+import re
+import sys
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from gpupool_sync.errors import ConfigError
+
+#: The strategies that have a name.
+STRATEGIES = ("availability", "round_robin", "weighted")
+
+#: Longest part of a wrong value that an error quotes.
+_QUOTED = 100
+#: Longer waits are mistakes (milliseconds for seconds), and `threading` refuses the really long ones.
+_LONGEST = 86400.0
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_\-]{0,61}[a-z0-9_])?")
+_NAMED = re.compile(r"([^:/=]*)=(.*)", re.DOTALL)
+_FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def redact_url(text: str) -> str:
+    """
+    *text* without what may be secret in a URL: everything between ``//`` and the last ``@``, and the query.
+
+    For any text, not only valid URLs: a password that was not percent-encoded makes a URL invalid, and must
+    not be shown for that.
+    """
+    head, at, rest = text.rpartition("@")
+    if at:
+        scheme = _SCHEME.match(head)
+        text = f"{scheme.group(0) if scheme else ''}***@{rest}"
+    front, mark, query = text.partition("?")
+    return f"{front}?***" if mark and query else text
+
+
+def _show(value: object) -> str:
+    """*value* for an error: short, on one line, without secrets."""
+    if isinstance(value, str):
+        text = repr(redact_url(value))
+    elif value is None or isinstance(value, (bool, int, float)):
+        try:
+            text = repr(value)
+        except ValueError:  # an int of thousands of digits
+            text = "a huge number"
+    else:
+        # The repr of somebody else's object may hold anything.
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"
+
+
+# --- endpoints ------------------------------------------------------------------------------------
+
+
+def _canonical_host(host: str) -> str:
+    """Lower case, IDNA, IP addresses in their one form; raises ValueError with the reason."""
+    if not host.isascii():
+        import idna  # requests depends on it; its tables are big and hardly ever needed
+
+        try:
+            host = idna.encode(host, uts46=True).decode("ascii")
+        except UnicodeError:  # every error of idna is one
+            raise ValueError("the host's name is not a valid international name") from None
+    host = host.lower()
+    labels = host.removesuffix(".").split(".")
+    if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise ValueError("the host is not a valid name or address")
+    if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
+        # The resolver takes 127.1, 0x7f.1 and 010.0.0.1 for addresses: one server, many spellings.
+        try:
+            host = str(ipaddress.IPv4Address(host))
+        except ValueError:
+            raise ValueError("an IPv4 address is four numbers from 0 to 255, without leading zeros") from None
+    return host
+
+
+def _canonical_address(text: str) -> str:
+    """An IPv6 address in its one form, in brackets; raises ValueError with the reason."""
+    if "%" in text:
+        raise ValueError("IPv6 addresses with a zone are not supported; use a global address or a name")
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        raise ValueError("what is in brackets is not an IPv6 address") from None
+    # Python versions differ in how they write mapped addresses; they are IPv4 anyway.
+    mapped = address.ipv4_mapped
+    return str(mapped) if mapped is not None else f"[{address.compressed}]"
+
+
+def _canonical_path(path: str) -> str:
+    """Percent-encoded in one way, without trailing slashes; raises ValueError with the reason."""
+    if "@" in path:
+        # Most likely a password with a slash in it: part of it would end up in ids and logs.
+        raise ValueError("the path has an '@'; in a password '/' is written %2F, in a path '@' is written %40")
+    if re.search(r"%(?![0-9A-Fa-f]{2})", path):
+        raise ValueError("a '%' in the path is not followed by two hexadecimal digits")
+    if any(part in (".", "..") for part in path.split("/")):
+        raise ValueError("'.' and '..' are not allowed in the path")
+    path = re.sub(r"%..", lambda found: found.group(0).upper(), path.rstrip("/"))
+    return urllib.parse.quote(path, safe="/%:!$&'()*+,;=~-._")
+
+
+def _canonical_url(text: str) -> tuple[str, tuple[str, str] | None]:
+    """
+    The one form of an endpoint's URL, and the user and password that stood in it.
+
+    Raises:
+        ValueError: with the reason, which quotes no part of *text* by itself: any may be a mistyped password.
+    """
+    if any(ch.isspace() or not ch.isprintable() or ch == "\\" for ch in text):
+        raise ValueError("a URL has no spaces, control characters or backslashes")
+    found = _URL.fullmatch(text)
+    if found is None:
+        bare = re.sub(r"^(?:https?)?:?/+", "", text, flags=re.IGNORECASE)
+        raise ValueError(f"http:// or https:// is missing; write {_show('http://' + bare)}")
+    scheme, authority, path, query, fragment = found.groups()
+    scheme = scheme.lower()
+    if scheme not in _DEFAULT_PORTS:
+        raise ValueError("only http:// and https:// are allowed")
+    if query is not None or fragment is not None:
+        raise ValueError("no '?' and no '#' is allowed (in a password they are written %3F and %23)")
+    userinfo, at, address = authority.rpartition("@")
+    auth = None
+    if at:
+        user, _, password = userinfo.partition(":")
+        try:
+            auth = _unquote(user), _unquote(password)
+        except UnicodeDecodeError:
+            raise ValueError("the user or the password is not UTF-8 after percent-decoding") from None
+        if not auth[0]:
+            raise ValueError("there is an '@' but no user before it")
+    if address.startswith("["):
+        inside, bracket, after = address[1:].partition("]")
+        if not bracket or (after and not after.startswith(":")):
+            raise ValueError("an IPv6 address is written [address] or [address]:port")
+        host = _canonical_address(inside)
+        colon, port_text = after[:1], after[1:]
+    else:
+        name, colon, port_text = address.partition(":")
+        if ":" in port_text:
+            raise ValueError("an IPv6 address is written in brackets, as in http://[::1]:8000")
+        if not name:
+            raise ValueError("the host is missing")
+        host = _canonical_host(name)
+    netloc = host
+    if colon:
+        if not re.fullmatch(r"[0-9]{1,10}", port_text) or not 1 <= int(port_text) <= 65535:
+            raise ValueError("the port is a number from 1 to 65535")
+        if int(port_text) != _DEFAULT_PORTS[scheme]:
+            netloc = f"{host}:{int(port_text)}"
+    return f"{scheme}://{netloc}{_canonical_path(path)}", auth
+
+
+def _unquote(text: str) -> str:
+    return urllib.parse.unquote(text, errors="strict")
+
+
+def _visible(text: str) -> bool:
+    """Whether *text* may stand in a header: no control characters, and no line breaks of any kind."""
+    return not any(ord(ch) < 32 or 127 <= ord(ch) < 160 or ch in "\u2028\u2029" for ch in text)
+
+
+def _check_name(name: object) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name or len(name) > 200:
+        raise ValueError("the name is not a text of 1 to 200 characters")
+    if any(ch in ":/,=@\\" or ch.isspace() or not ch.isprintable() for ch in name):
+        # "endpoint:0" must be readable one way only, and so must "name=URL,name=URL".
+        raise ValueError("a name has no ':', '/', ',', '=', '@', '\\', spaces or control characters")
+    return name
+
+
+def _check_token(token: object) -> str | None:
+    if token is None:
+        return None
+    if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            "token: visible ASCII characters are allowed, at least one; no spaces, no line break at the end"
+        )
+    return token
+
+
+def _check_auth(auth: object) -> tuple[str, str] | None:
+    if auth is None:
+        return None
+    if (
+        not isinstance(auth, (tuple, list))
+        or len(auth) != 2
+        or not all(isinstance(part, str) and _visible(part) for part in auth)
+    ):
+        raise ValueError("auth: a pair (user, password) of texts without control characters is allowed")
+    user, password = auth
+    if not user or ":" in user:
+        # Basic authentication joins the two with a colon.
+        raise ValueError("auth: the user must not be empty, and has no ':'")
+    return user, password
+
+
+def _check_headers(headers: object) -> tuple[tuple[str, str], ...]:
+    if headers is None:
+        return ()
+    items: Any = headers.items() if isinstance(headers, Mapping) else headers
+    if not isinstance(headers, Mapping) and not (
+        isinstance(headers, (tuple, list))
+        and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in headers)
+    ):
+        raise ValueError("headers: a mapping of names to values, or a list of such pairs, is allowed")
+    pairs = [(name, value) for name, value in items]
+    seen = set()
+    for number, (name, value) in enumerate(pairs, 1):
+        # A value that took the place of the name must not be shown, so only good names are quoted.
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"headers: the name of header {number} is not a header name")
+        if not isinstance(value, str) or not _visible(value) or value != value.strip() or not _latin1(value):
+            raise ValueError(
+                f"headers: the value of {name} must be a Latin-1 text"
+                " without line breaks, control characters or spaces around it"
+            )
+        if name.lower() in seen:
+            raise ValueError(f"headers: {name} is given twice")
+        seen.add(name.lower())
+    return tuple(sorted(pairs, key=lambda pair: pair[0].lower()))
+
+
+def _latin1(text: str) -> bool:
+    return all(ord(ch) < 256 for ch in text)
+
+
+def _check_path(value: object, what: str) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{what} is allowed")
+    return path
+
+
+def _check_verify(verify: object) -> bool | str:
+    if isinstance(verify, bool):
+        return verify
+    return _check_path(verify, "verify: True, False, or the path of a file or directory of CA certificates")
+
+
+def _check_cert(cert: object) -> str | tuple[str, str] | None:
+    if cert is None:
+        return None
+    what = "cert: the path of a certificate with its key, or a pair (certificate, key) of paths"
+    if isinstance(cert, (tuple, list)):
+        if len(cert) != 2:
+            raise ValueError(f"{what} is allowed")
+        return _check_path(cert[0], what), _check_path(cert[1], what)
+    return _check_path(cert, what)
+
+
+@attrs.frozen(init=False)
+class Endpoint:
+    """
+    One statistics server: where it is, and how to be let in.
+
+    `url` is kept in one canonical form: lower-case scheme and host, no default port, no trailing slash; a
+    user and password in it move to `auth`.  `token`, `auth`, the values of `headers` and `cert` are secrets:
+    neither ``repr`` nor any error shows them.  A pickled endpoint does contain them.
+
+    Raises:
+        ConfigError: a value cannot be used; the message says what is allowed.
+    """
+
+    url: str
+    name: str | None = attrs.field(kw_only=True)
+    #: Sent as ``Authorization: Bearer``.
+    token: str | None = attrs.field(kw_only=True, repr=False)
+    #: User and password for basic authentication.
+    auth: tuple[str, str] | None = attrs.field(kw_only=True, repr=False)
+    #: Sent with every request; sorted pairs.
+    headers: tuple[tuple[str, str], ...] = attrs.field(kw_only=True, repr=False)
+    #: Whether to verify the server's certificate, or the path of the CA certificates to do it with.
+    verify: bool | str = attrs.field(kw_only=True)
+    #: Client certificate: one path, or the paths of certificate and key.
+    cert: str | tuple[str, str] | None = attrs.field(kw_only=True, repr=False)
+    #: True: this endpoint's cards are in this machine, whatever it says of itself. None: it is believed.
+    local: bool | None = attrs.field(kw_only=True)
+    #: Most requests per second that the server may get from one pool; None: no limit.
+    max_rate: float | None = attrs.field(kw_only=True)
+    #: Public id: `name`, else host, port if it is not the default one, and path, joined by ``-``. It never has
+    #: a colon and never depends on other endpoints.
+    id: str = attrs.field(init=False, eq=False)
+
+    @id.default
+    def _make_id(self) -> str:
+        if self.name is not None:
+            return self.name
+        # The path may hold any character that a URL may; the rest has only ':', '[' and ']' to lose.
+        text = self.url.partition("://")[2].replace("[", "").replace("]", "")
+        return re.sub(r"[^A-Za-z0-9._~-]", "-", text)
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str | None = None,
+        token: str | None = None,
+        auth: tuple[str, str] | None = None,
+        headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+        verify: bool | str | os.PathLike[str] = True,
+        cert: str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
+        local: bool | None = None,
+        max_rate: float | None = None,
+    ) -> None:
+        if not isinstance(url, str):
+            raise ConfigError(f"endpoint {_show(url)}: a URL is allowed, such as 'http://server1:8000'")
+        url = url.strip()
+        # Raised outside the handler: a chained exception could hold on to what the message leaves out.
+        problem = None
+        try:
+            canonical, in_url = _canonical_url(url)
+            if in_url is not None and auth is not None:
+                raise ValueError("auth is given, and a user in the URL as well; one of them is allowed")
+            checked_auth = _check_auth(auth if in_url is None else in_url)
+            checked_token = _check_token(token)
+            pairs = _check_headers(headers)
+            ways = (checked_token is not None) + (checked_auth is not None)
+            ways += any(key.lower() == "authorization" for key, _ in pairs)
+            if ways > 1:
+                raise ValueError(
+                    "only one of token, auth (or a user in the URL) and an Authorization header is allowed"
+                )
+            if local is not None and not isinstance(local, bool):
+                raise ValueError("local: True, False or None is allowed")
+            if max_rate is not None:
+                max_rate = _real(max_rate)
+                if max_rate is None or max_rate <= 0:
+                    raise ValueError("max_rate: a number of requests per second above 0 is allowed")
+            checked_name, checked_verify, checked_cert = (
+                _check_name(name),
+                _check_verify(verify),
+                _check_cert(cert),
+            )
+        except ValueError as exc:
+            problem = str(exc)
+        if problem is not None:
+            raise ConfigError(f"endpoint {_show(url)}: {problem}")
+        self.__attrs_init__(
+            canonical,
+            name=checked_name,
+            token=checked_token,
+            auth=checked_auth,
+            headers=pairs,
+            verify=checked_verify,
+            cert=checked_cert,
+            local=local,
+            max_rate=max_rate,
+        )
+
+    @property
+    def host(self) -> str:
+        """The host alone, an IPv6 address without its brackets."""
+        return urllib.parse.urlsplit(self.url).hostname or ""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the URL means "this machine" on every machine."""
+        host = self.host.removesuffix(".")
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        # Connecting to 0.0.0.0 or :: reaches this machine, too.
+        return address.is_loopback or address.is_unspecified
+
+
+def unique_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """
+    *endpoints* in their order, without repetitions.
+
+    Raises:
+        ConfigError: one URL is configured in two ways, or two URLs have the same id.
+    """
+    by_url: dict[str, Endpoint] = {}
+    by_id: dict[str, Endpoint] = {}
+    for endpoint in endpoints:
+        known = by_url.setdefault(endpoint.url, endpoint)
+        if known is not endpoint:
+            differing = [
+                field.name
+                for field in attrs.fields(Endpoint)
+                if field.eq and getattr(known, field.name) != getattr(endpoint, field.name)
+            ]
+            if differing:
+                raise ConfigError(
+                    f"endpoints {known.id!r} and {endpoint.id!r} have the same URL {endpoint.url}"
+                    f" but differ in {', '.join(differing)}; name each server once"
+                )
+            continue
+        namesake = by_id.setdefault(endpoint.id, endpoint)
+        if namesake is not endpoint:
+            raise ConfigError(
+                f"endpoints {namesake.url} and {endpoint.url} have the same id {endpoint.id!r};"
+                " give one of them a name, as in name=http://… or Endpoint(url, name=…)"
+            )
+    return tuple(by_url.values())
+
+
+def _endpoints_in_text(text: str) -> list[Endpoint]:
+    """The endpoints of a comma-separated list of URLs or name=URL; empty items are ignored."""
+    items = [item.strip() for item in text.split(",")]
+    for number, item in enumerate(items[1:], 2):
+        # What looks like an item may be the rest of a password with a comma: nothing of it may be shown.
+        if "@" in item and "://" not in item:
+            raise ConfigError(
+                f"item {number} has an '@' but no http:// or https:// before it; in a password ',' is written %2C"
+            )
+    result = []
+    for item in filter(None, items):
+        named = _NAMED.fullmatch(item)
+        name, url = (named.group(1).strip(), named.group(2)) if named else (None, item)
+        try:
+            result.append(Endpoint(url, name=name))
+            continue
+        except ConfigError as exc:
+            problem = str(exc)
+        if named:
+            # Only the item as a whole can be redacted: of "host?key=secret", the part that looks like the URL
+            # is the secret.
+            problem = f"endpoint {_show(item)}: URL or name=URL is allowed, as in server1=http://10.0.0.1:8000"
+            if _SCHEME.match(url.strip()):
+                problem += f" ({_reason(url, name)})"
+        raise ConfigError(problem)
+    return result
+
+
+def _reason(url: str, name: str | None) -> str:
+    """Why Endpoint(url, name=name) is refused, without the URL."""
+    try:
+        _canonical_url(url.strip())
+        _check_name(name)
+    except ValueError as exc:
+        return str(exc)
+    return "it cannot be used"
+
+
+def _parse_endpoints(value: object, from_text: bool) -> tuple[Endpoint, ...]:
+    if isinstance(value, (str, Endpoint)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    found: list[Endpoint] = []
+    for item in value:
+        if isinstance(item, Endpoint):
+            found.append(item)
+        elif isinstance(item, str):
+            found.extend(_endpoints_in_text(item))
+        else:
+            raise ConfigError(f"item {_show(item)}: a URL, name=URL or an Endpoint is allowed")
+    return unique_endpoints(found)
+
+
+# --- the other settings ---------------------------------------------------------------------------
+
+Parse = Callable[[object, bool], object]
+
+
+def _real(value: object) -> float | None:
+    """A finite number as float, else None; True and False are no numbers here."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(*, above: float | None = None, low: float = 0.0, high: float) -> Parse:
+    def parse(value: object, from_text: bool) -> float:
+        if from_text and isinstance(value, str):
+            # float() alone would also take "nan", "1_000" and digits of other scripts.
+            value = float(value) if _FLOAT.fullmatch(value) else None
+        number = _real(value)
+        if number is None or number > high or (number < low if above is None else number <= above):
+            raise ValueError
+        return number + 0.0  # no -0.0
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Parse:
+    def parse(value: object, from_text: bool) -> int:
+        if from_text and isinstance(value, str):
+            value = int(value) if _INTEGER.fullmatch(value) else None
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return parse
+
+
+def _parse_strategy(value: object, from_text: bool) -> object:
+    if isinstance(value, str):
+        name = value.strip().lower().replace("-", "_")
+        if name not in STRATEGIES:
+            raise ValueError
+        return name
+    if isinstance(value, type):
+        raise ConfigError(f"{value.__name__} is a class; pass an instance of it, {value.__name__}()")
+    if not callable(value) and not callable(getattr(value, "order", None)):
+        raise ValueError
+    return value
+
+
+def _parse_lease_store(value: object, from_text: bool) -> object:
+    if not isinstance(value, str):
+        if isinstance(value, type) or not callable(getattr(value, "claim", None)):
+            raise ValueError
+        return value
+    text = value.strip()
+    scheme, _, rest = text.partition(":")
+    scheme = scheme.lower()
+    if not text.isprintable():
+        raise ValueError
+    if scheme == "memory" and not rest:
+        return "memory:"
+    if scheme == "host":
+        if rest and not rest.startswith("/"):
+            raise ConfigError(f"{_show(text)}: the directory must be absolute, as in host:/var/lock/gpus")
+        return f"host:{rest}"
+    if scheme not in ("redis", "rediss", "unix") or not rest.startswith("//") or " " in rest:
+        raise ValueError
+    return f"{scheme}:{rest}"
+
+
+def _parse_name(value: object, from_text: bool) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > 200 or not value.strip().isprintable():
+        raise ValueError
+    return value.strip()
+
+
+@attrs.frozen
+class Setting:
+    """
+    One row of the table of settings.
+
+    `parse` gets the value and whether it is text from the environment; it raises a plain ValueError, which
+    becomes "`allowed` is allowed", or a ConfigError with a reason of its own.
+    """
+
+    name: str
+    #: Environment variables, the first that is set wins.
+    variables: tuple[str, ...]
+    default: Any
+    #: What is allowed, for errors and the documentation.
+    allowed: str
+    help: str
+    parse: Parse = attrs.field(repr=False)
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "endpoints",
+        ("GPU_SERVICE_ENDPOINTS", "GPU_STATS_SERVICE_ENDPOINTS", "GPU_SERVICE_ENDPOINT"),
+        (),
+        "a comma-separated string of URLs or name=URL, a list of those, or Endpoint objects",
+        "The statistics servers; none: this machine's own GPUs.",
+        _parse_endpoints,
+    ),
+    Setting(
+        "strategy",
+        ("GPU_LOAD_BALANCING_STRATEGY",),
+        "availability",
+        "availability, round_robin, weighted, or an object with a method order",
+        "In which order servers are tried.",
+        _parse_strategy,
+    ),
+    Setting(
+        "lease_store",
+        ("GPU_POOL_LEASE_STORE",),
+        None,
+        "memory:, host:, host:/directory, redis://…, rediss://…, unix://…, or a lease store object",
+        "Who decides who holds a card; unset: the narrowest arbiter that is safe for each card.",
+        _parse_lease_store,
+    ),
+    Setting(
+        "memory_threshold",
+        ("GPU_MEMORY_THRESHOLD_PERCENT",),
+        80.0,
+        "a number of percent above 0 and up to 100",
+        "A card whose memory is used to this degree or more is not granted.",
+        _number(above=0.0, high=100.0),
+    ),
+    Setting(
+        "utilization_threshold",
+        ("GPU_UTILIZATION_THRESHOLD_PERCENT",),
+        90.0,
+        "a number of percent above 0 and up to 100",
+        "A card that is busy to this degree or more is not granted.",
+        _number(above=0.0, high=100.0),
+    ),
+    Setting(
+        "poll_interval",
+        ("GPU_POLLING_INTERVAL", "GPU_POLLING_INTERVAL_SECONDS"),
+        5.0,
+        "a number of seconds from 0.01 to 86400",
+        "Time between two readings of a server.",
+        _number(low=0.01, high=_LONGEST),
+    ),
+    Setting(
+        "health_check_interval",
+        ("GPU_ENDPOINT_HEALTH_CHECK_INTERVAL",),
+        30.0,
+        "a number of seconds from 0.01 to 86400, at least poll_interval",
+        "Longest time between two attempts to reach a server that is down; unset: never below poll_interval.",
+        _number(low=0.01, high=_LONGEST),
+    ),
+    Setting(
+        "max_stats_age",
+        ("GPU_POOL_MAX_STATS_AGE",),
+        None,
+        "a number of seconds from 0.01 to 1000000, at least poll_interval",
+        "No card is granted from older readings; unset: 3 × poll_interval + endpoint_timeout.",
+        _number(low=0.01, high=1e6),
+    ),
+    Setting(
+        "endpoint_timeout",
+        ("GPU_ENDPOINT_TIMEOUT",),
+        10.0,
+        "a number of seconds from 0.01 to 86400",
+        "Time for one exchange with a server, retries included.",
+        _number(low=0.01, high=_LONGEST),
+    ),
+    Setting(
+        "endpoint_max_retries",
+        ("GPU_ENDPOINT_MAX_RETRIES",),
+        3,
+        "a whole number from 0 to 100",
+        "How often one exchange is repeated that failed before an answer began.",
+        _whole(0, 100),
+    ),
+    Setting(
+        "ttl",
+        ("GPU_POOL_TTL",),
+        60.0,
+        "a number of seconds above 0 and up to 300",
+        "How long a lease lasts unless renewed, for holders that are not on the card's host.",
+        _number(above=0.0, high=300.0),
+    ),
+    Setting(
+        "max_waiting",
+        ("GPU_POOL_MAX_WAITING",),
+        None,
+        "a whole number from 0 to 1000000",
+        "How many callers may wait at a time; the next is turned away at once. Unset: any number.",
+        _whole(0, 1_000_000),
+    ),
+    Setting(
+        "name",
+        ("GPU_POOL_NAME",),
+        None,
+        "a text of 1 to 200 printable characters",
+        "What others see as the holder of this pool's GPUs, before user, host and pid.",
+        _parse_name,
+    ),
+    Setting(
+        "breaker_failures",
+        ("GPU_POOL_BREAKER_FAILURES",),
+        5,
+        "a whole number from 1 to 1000",
+        "So many failures in a row, and a server counts as down.",
+        _whole(1, 1000),
+    ),
+)
+
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+_DEFAULTS: dict[str, Any] = {setting.name: setting.default for setting in SETTINGS}
+
+
+def _show_store(value: object) -> str:
+    return repr(redact_url(value)) if isinstance(value, str) else repr(value)
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """
+    Everything a pool is configured with; what `resolve` returns, complete and checked.
+
+    Made directly, nothing is checked.  It pickles with all it contains: credentials of endpoints and of the
+    lease store go into the pickle.  Its ``repr`` shows none.
+    """
+
+    #: Empty: this machine's own GPUs.
+    endpoints: tuple[Endpoint, ...] = ()
+    #: One of `STRATEGIES`, or an object.
+    strategy: Any = _DEFAULTS["strategy"]
+    #: "memory:…", "host:…", a Redis URL, a store object, or None.
+    lease_store: Any = attrs.field(default=_DEFAULTS["lease_store"], repr=_show_store)
+    memory_threshold: float = _DEFAULTS["memory_threshold"]  # percent
+    utilization_threshold: float = _DEFAULTS["utilization_threshold"]  # percent
+    poll_interval: float = _DEFAULTS["poll_interval"]
+    health_check_interval: float = _DEFAULTS["health_check_interval"]
+    endpoint_timeout: float = _DEFAULTS["endpoint_timeout"]
+    endpoint_max_retries: int = _DEFAULTS["endpoint_max_retries"]
+    max_stats_age: float = attrs.field()
+    ttl: float = _DEFAULTS["ttl"]
+    max_waiting: int | None = _DEFAULTS["max_waiting"]
+    name: str | None = _DEFAULTS["name"]
+    breaker_failures: int = _DEFAULTS["breaker_failures"]
+
+    @max_stats_age.default
+    def _three_polls(self) -> float:
+        # Two polls may fail, and the third may take its whole time, before a card is withheld for silence.
+        return 3 * self.poll_interval + self.endpoint_timeout
+
+
+def _stacklevel() -> int:
+    """The `warnings.warn` level of the caller outside this package, as seen from our caller."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _parse(setting: Setting, value: object, origin: str, *, from_text: bool) -> object:
+    try:
+        return setting.parse(value, from_text)
+    except ConfigError as exc:
+        problem = f"{origin}: {exc}"
+    except ValueError:
+        problem = f"{origin}={_show(value)}: {setting.allowed} is allowed"
+    raise ConfigError(problem)
+
+
+def _from_environ(setting: Setting, environ: Mapping[str, str]) -> tuple[object, str] | None:
+    """The value of the first variable that is set, and that variable's name; None if none is."""
+    nothing = " \t\r\n\f\v," if setting.name == "endpoints" else None
+    given = [(name, environ[name].strip()) for name in setting.variables if environ.get(name, "").strip(nothing)]
+    if not given:
+        return None
+    name, text = given[0]
+    if len(given) > 1:
+        ignored = " and ".join(other for other, _ in given[1:])
+        warnings.warn(f"{name} is set, so {ignored} is ignored", UserWarning, stacklevel=_stacklevel())
+    value = _parse(setting, text, name, from_text=True)
+    if name == "GPU_SERVICE_ENDPOINT" and isinstance(value, tuple) and len(value) > 1:
+        raise ConfigError(f"{name}: one endpoint is allowed here; GPU_SERVICE_ENDPOINTS takes several")
+    return value, name
+
+
+def resolve(endpoints: object = None, *, environ: Mapping[str, str] | None = None, **options: object) -> Settings:
+    """
+    Settings from arguments, the environment (*environ*, else ``os.environ``) and defaults, in this order.
+
+    *options* are the other names of `SETTINGS`.  None, an empty variable, and endpoints that are all empty
+    count as not given.  If several variables of one setting are set, the first in the table wins, with a
+    warning.
+
+    Raises:
+        ConfigError: a value cannot be used, or two contradict each other; the message names the argument or
+            variable, the value (never a secret) and what is allowed.
+        TypeError: an option is not known.
+    """
+    for option in options:
+        if option not in _BY_NAME:
+            raise TypeError(f"unknown option {option!r}; there are {', '.join(_BY_NAME)}")
+    environ = os.environ if environ is None else environ
+    options["endpoints"] = endpoints
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for setting in SETTINGS:
+        given = options.get(setting.name)
+        if given is not None:
+            value = _parse(setting, given, setting.name, from_text=False)
+            if setting.name != "endpoints" or value:
+                values[setting.name], origins[setting.name] = value, setting.name
+                continue
+        found = _from_environ(setting, environ)
+        if found is not None:
+            values[setting.name], origins[setting.name] = found
+    _check_together(values, origins)
+    return Settings(**values)
+
+
+def _check_together(values: dict[str, Any], origins: Mapping[str, str]) -> None:
+    """Complete *values* where a default follows another value; refuse those that contradict each other."""
+    poll = values.get("poll_interval", _DEFAULTS["poll_interval"])
+    for name, why in (
+        ("health_check_interval", "a server that is down would be asked more often than a healthy one"),
+        ("max_stats_age", "every reading would be too old before the next one comes"),
+    ):
+        if name in values and values[name] < poll:
+            where = origins.get("poll_interval", "the default poll_interval")
+            raise ConfigError(
+                f"{origins[name]}={values[name]:g}: at least {where}={poll:g} is allowed; otherwise {why}"
+            )
+    if "health_check_interval" not in values:
+        values["health_check_interval"] = max(_DEFAULTS["health_check_interval"], poll)

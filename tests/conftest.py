@@ -1,0 +1,50 @@
+"""Every test runs without the settings of whoever starts it, and leaves no thread behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# Chosen by HYPOTHESIS_PROFILE.  Named here because CI=true would otherwise make hypothesis derandomise.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=False, print_blob=True)
+hypothesis.settings.register_profile("nightly", deadline=None, derandomize=False, print_blob=True, max_examples=10_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "default")
+
+#: Seconds that threads of a test have to end after it.
+THREAD_GRACE = 5.0
+
+
+def _is_setting(name: str) -> bool:
+    # A proxy would be asked for loopback servers; a mask would hide cards.
+    return name.startswith(("GPU_", "CUDA_")) or name.lower().endswith("_proxy")
+
+
+# For fixtures of a wider scope, which are made before the one below.
+for _name in [name for name in os.environ if _is_setting(name)]:
+    del os.environ[_name]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if _is_setting(name)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left_behind() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + THREAD_GRACE
+    while left := [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and (not thread.daemon or thread.name.startswith("gpupool"))
+    ]:
+        if time.monotonic() >= deadline:
+            pytest.fail(f"threads left behind: {', '.join(thread.name for thread in left)}")
+        left[0].join(0.05)
