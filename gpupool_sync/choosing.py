@@ -53,8 +53,8 @@ def unwanted(card: Card, request: GPURequest, *, url: str, is_local: bool) -> Re
         or _names_uuid(request.exclude, reading.uuid)
     ):
         return Reason("filter:exclude", "excluded by the request")
-    if request.model is not None and request.model not in reading.name.casefold():
-        return Reason("filter:model", f"is a {reading.name}, not a {request.model}")
+    if request.model is not None and request.model.casefold() not in reading.name.casefold():
+        return Reason("filter:model", f"its model is not {request.model}")
     for asked, what in ((request.min_free_memory_mb, "min_free_memory_mb"), (request.memory_mb, "memory_mb")):
         if asked is None:
             continue

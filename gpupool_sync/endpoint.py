@@ -233,20 +233,20 @@ class PolledEndpoint:
         deadline = Deadline.after(self._timeout)
         patience: TooManyRequests | None = None
         sample: Sample | None = None
-        try:
-            # calling() does not hold the breaker's lock during the I/O, call() does.
-            with self._breaker.calling():
-                try:
-                    sample = self._source.fetch(deadline)
-                except TooManyRequests as exc:
-                    patience = exc
-        except GPUPoolError as exc:
-            self._failed(exc)
-            raise
-        except Exception as exc:
-            failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
-            self._failed(failure)
-            raise failure from exc
+        # calling() does not hold the breaker's lock during the I/O, call() does.
+        with self._breaker.calling():
+            # Noted before the breaker hears of it, so that what it logs when it opens can say why.
+            try:
+                sample = self._source.fetch(deadline)
+            except TooManyRequests as exc:
+                patience = exc
+            except GPUPoolError as exc:
+                self._failed(exc)
+                raise
+            except Exception as exc:
+                failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
+                self._failed(failure)
+                raise failure from exc
         if sample is None:
             assert patience is not None
             self._failed(patience)

@@ -229,7 +229,7 @@ class GPURequest:
             count=count or 1,
             local=local,
             endpoint=_as_names(endpoint, "endpoint"),
-            model=model.strip().casefold() if model is not None else None,
+            model=model.strip() if model is not None else None,
             uuid=_as_names(uuid, "uuid"),
             exclude=_as_names(exclude, "exclude"),
             min_free_memory_mb=_number(min_free_memory_mb, "min_free_memory_mb", low=0.0),

@@ -549,9 +549,10 @@ class GPUPool:
         table = self._table
         enough = (lambda: bool(table.view()[0])) if stragglers else None
         # No poll takes longer than its timeout, but for a little scheduling.
-        longest = Deadline.after(deadline.within(self._settings.endpoint_timeout + 1.0))
-        wait_for(first, longest, enough=enough)
-        engine.first = None
+        longest = Deadline.after(self._settings.endpoint_timeout + 1.0)
+        mine = Deadline.after(deadline.within(self._settings.endpoint_timeout + 1.0))
+        if wait_for(first, mine, enough=enough) or table.view()[0] or longest.passed():
+            engine.first = None
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         """A poll arrived (on a worker thread)."""
@@ -716,6 +717,7 @@ class GPUPool:
 
     def _obtain(self, grant: Grant, request: GPURequest, deadline: Deadline) -> None:
         """Fill *grant*, or raise."""
+        no_wait = deadline.passed()
         grant.asked_at = time.monotonic()
         engine = self._opened()
         engine.monitor.ensure_running()
@@ -724,7 +726,9 @@ class GPUPool:
         # Before the claim, so that close() and release_all() find whatever the claim leads to.
         self._grants[grant.id] = grant
         if engine.first is not None:
-            self._first_reading(engine, deadline)
+            # A deadline that had passed from the beginning (timeout=0) means not to wait for others; without a
+            # reading nothing could be tried even once.
+            self._first_reading(engine, Deadline(None) if no_wait else deadline)
         self._counters.add("requests")
         seen = self._look(engine, request)
         claims = self._claim_free(engine, grant, request, seen)
@@ -853,7 +857,7 @@ class GPUPool:
                         continue  # another URL of the same host has offered it
                     taken.add(card.key)
                 wanted.append(card)
-                if not held or (shared and _shareable(store, card, request)):
+                if _shareable(store, card, request) if shared else not held:
                     free.append(card)
             if len(wanted) >= request.count:
                 seen.append(_Seen(endpoint, snapshot, free, wanted))
@@ -1134,7 +1138,10 @@ class GPUPool:
         for card, reason, held in usable(
             screened, snapshot, is_held=store.is_held, released_at=store.released_at, shared=request.shared
         ):
-            if held and not (request.shared and reason is None and _shareable(store, card, request)):
+            if request.shared:
+                if reason is None and not _shareable(store, card, request):
+                    reason = _held_by(store, card) if held else _no_room(store, card)
+            elif held:
                 reason = _held_by(store, card)
             reasons[card.key] = reason
         return [(card, reasons.get(card.key)) for card in snapshot.cards]
@@ -1360,6 +1367,12 @@ def _held_by(store: LeaseStore, card: Card) -> Reason:
     note = f", note: {first.note}" if first.note else ""
     more = f" and {len(holders) - 1} more" if len(holders) > 1 else ""
     return Reason("held", f"held by {first.holder} for {first.since:.0f} s{note}{more}")
+
+
+def _no_room(store: LeaseStore, card: Card) -> Reason:
+    room = _room(store, card)
+    told = "unknown" if room is None else f"{room:.0f} MiB"
+    return Reason("no-room", f"its memory that others leave free is {told}")
 
 
 def _error_of(endpoint: PolledEndpoint) -> str:

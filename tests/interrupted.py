@@ -1,0 +1,116 @@
+"""
+A program that is interrupted (Ctrl-C) thousands of times while it acquires and releases; prints what leaked.
+
+Run by `test_interrupts.py`: ``interrupted.py MODE INTERRUPTS``.  In mode "block" it uses ``with pool.gpu()``, in mode
+"acquire" ``acquire()`` and ``release()``, in mode "wait" it always has to wait for a thread that holds the card.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+from cards import HERE, Cards
+
+from gpupool_sync import GPUPool, devices
+from gpupool_sync.leases.memory import MemoryStore
+
+
+def main() -> None:
+    mode, interrupts = sys.argv[1], int(sys.argv[2])
+    devices.open_reader = lambda: Cards(1)  # type: ignore[assignment]
+    devices.host_identity = lambda: HERE  # type: ignore[assignment]
+    store = MemoryStore()
+    pool = GPUPool(lease_store=store, poll_interval=0.5)
+    pool.open(wait=True)
+    pool.acquire().release()
+    done = threading.Event()
+    sent = 0
+
+    def interrupt() -> None:
+        nonlocal sent
+        # Spread over the microseconds of an acquire; the pauses let the program get somewhere in between.
+        chance = random.Random(interrupts)
+        while sent < interrupts:
+            sent += 1
+            os.kill(os.getpid(), signal.SIGINT)
+            until = time.perf_counter() + chance.random() * 0.0004
+            while time.perf_counter() < until:
+                time.sleep(0)
+        done.set()
+
+    def rival() -> None:
+        while not done.is_set():
+            try:
+                with pool.gpu(timeout=5):
+                    done.wait(0.0005)
+            except TimeoutError:
+                pass
+
+    threads = [threading.Thread(target=interrupt, daemon=True)]
+    if mode == "wait":
+        threads.append(threading.Thread(target=rival, daemon=True))
+    served = hits = 0
+    armed = False
+
+    def handler(*_: object) -> None:
+        # What is interrupted is the pool, not this program's own bookkeeping.
+        nonlocal armed, hits
+        if armed:
+            armed = False
+            hits += 1
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    for thread in threads:
+        thread.start()
+    while not done.is_set():
+        gpu = None
+        try:
+            armed = True
+            if mode == "acquire":
+                gpu = pool.acquire(timeout=5)
+                pool.release(gpu)
+            else:
+                with pool.gpu(timeout=5):
+                    served += 1
+            armed = False
+        except KeyboardInterrupt:
+            if gpu is not None:  # it reached us, so it is ours to release
+                pool.release(gpu)
+        served += gpu is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for thread in threads:
+        thread.join()
+    gpu = None
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (store.leases() or store.queue()) and time.monotonic() < deadline:
+        done.wait(0)
+        time.sleep(0.01)
+    leaked = len(store.leases()) + len(store.queue())
+    usable = leaked == 0 and pool.acquire(timeout=10) is not None
+    forgotten = pool.stats()["forgotten"]
+    pool.close()
+    print(
+        json.dumps(
+            {
+                "leaked": leaked,
+                "usable": usable,
+                "served": served,
+                "interrupts": hits,
+                "forgotten": forgotten,
+                "watched": len(pool._watched),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The global GPU table."""
+
+from __future__ import annotations
+
+from cards import reading
+from helpers import run_threads
+
+from gpupool_sync.models import Card, Sample, Snapshot
+from gpupool_sync.table import Table
+
+
+def snapshot(endpoint_id, *indices, at=1.0):
+    readings = tuple(reading(index) for index in indices)
+    cards = tuple(Card(r.uuid, endpoint_id, r) for r in readings)
+    return Snapshot(endpoint_id, f"http://{endpoint_id}", Sample(readings, at), cards, at)
+
+
+def test_a_card_that_is_not_listed_any_more_is_gone():
+    """A snapshot replaces all that its endpoint said before, and nothing of the others."""
+    table = Table()
+    assert table.update(snapshot("a", 0, 1)) is None
+    table.update(snapshot("b", 2))
+    before = table.update(snapshot("a", 1))
+    snapshots, _ = table.view()
+
+    assert len(before.cards) == 2
+    assert [card.key for card in snapshots["a"].cards] == ["GPU-00000001"]
+    assert len(snapshots["b"].cards) == 1
+
+
+def test_a_view_does_not_change_under_its_reader():
+    """Whoever looks at a view sees one state, however long it looks."""
+    table = Table()
+    table.update(snapshot("a", 0))
+    view, _ = table.view()
+    table.update(snapshot("b", 1))
+    table.forget("a")
+
+    assert list(view) == ["a"]
+    assert list(table.view()[0]) == ["b"]
+
+
+def test_cards_that_several_endpoints_list_are_known():
+    """Several URLs of one host are noticed by their cards, and forgotten again."""
+    table = Table()
+    table.update(snapshot("a", 0, 1))
+    table.update(snapshot("b", 1, 2))
+    assert table.view()[1] == {"GPU-00000001"}
+    table.update(snapshot("b", 0, 1, 2))
+    assert table.view()[1] == {"GPU-00000000", "GPU-00000001"}
+    table.update(snapshot("b", 2))
+    assert table.view()[1] == frozenset()
+    table.update(snapshot("b", 0))
+    table.forget("a")
+    assert table.view()[1] == frozenset()
+
+
+def test_updates_from_many_threads_are_all_there():
+    """No answer gets lost when many arrive at once."""
+    table = Table()
+    run_threads(8, lambda n: [table.update(snapshot(f"{n}-{i}", n)) for i in range(50)])
+
+    snapshots, duplicates = table.view()
+    assert len(snapshots) == 400
+    assert len(duplicates) == 8
