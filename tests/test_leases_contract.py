@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 
 import attrs
 import pytest
 
+from gpupool_sync.clock import boottime
 from gpupool_sync.errors import LeaseLost, LeaseStoreError
 from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Queued, Refused, Share, Wanted
+from gpupool_sync.leases.host import HostStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, RESERVE_TIME
 from helpers import HoldLog, run_threads
@@ -22,9 +25,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.running = 0.0
 
     def __call__(self) -> float:
-        return self.now
+        return self.now + (boottime() - self.running if self.running else 0.0)
+
+    def run(self) -> None:
+        """Go on by itself from here."""
+        self.running = boottime()
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -35,9 +43,11 @@ def clock():
     return Clock()
 
 
-@pytest.fixture
-def store(clock) -> LeaseStore:
-    return MemoryStore(clock=clock)
+@pytest.fixture(params=["memory", "host"])
+def store(request, clock, tmp_path) -> Iterator[LeaseStore]:
+    made = MemoryStore(clock=clock) if request.param == "memory" else HostStore(str(tmp_path / "locks"), clock=clock)
+    yield made
+    made.close()
 
 
 def holder(name="a"):
@@ -547,9 +557,9 @@ def test_hints_stop_after_unsubscribing(store):
     assert hints.take() == []
 
 
-def test_waiting_threads_are_all_served_and_never_overlap(clock):
+def test_waiting_threads_are_all_served_and_never_overlap(store, clock):
     """Many threads that wait by hints share few cards without overlap, and all of them get their turns."""
-    store = MemoryStore()
+    clock.run()
     log = HoldLog()
     wake: dict[str, threading.Event] = {}
     store.subscribe(lambda ids: [wake[id].set() for id in ids if id in wake])

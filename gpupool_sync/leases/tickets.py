@@ -134,6 +134,15 @@ class TicketQueue:
             ticket.rewrite(claim, now)
         return self._position(ticket)
 
+    def load(self, claim: Claim, place: float, hinted_at: float | None, spoke_at: float) -> None:
+        """Add a ticket as somebody else's book has it; the order of equal places is that of the calls."""
+        self._seq += 1
+        ticket = Ticket(claim, spoke_at, self._seq)
+        ticket.first_place = ticket.place = place
+        ticket.hinted_at = hinted_at
+        bisect.insort(self._order, ticket)
+        self._tickets[claim.id] = ticket
+
     def _position(self, ticket: Ticket) -> int:
         position = 0
         for other in self._order:

@@ -1,0 +1,1041 @@
+"""The arbiter of one host: kernel locks in one directory for all of its users.
+
+One file per card.  ``flock(LOCK_EX)`` on it is the lease of the whole card; the kernel frees it when the last process
+that has the descriptor ends, whatever ended it, in whatever pid namespace.  A share of a card is ``LOCK_SH`` on the
+card's file and ``LOCK_EX`` on a file of the share's own.  So no pid, no clock and no ttl is judged, and whatever else
+stands in the directory (records, tickets, sockets) may be lost, stale or wrong without two holders on one card.
+
+A ticket is a small file whose name has its place in the queue and whose content names the cards and the datagram
+socket of its process; it lives while that socket accepts.  Everybody reads the tickets before taking a card, so the
+order of service needs no server and no lock that a stopped process could keep.
+
+Not for network file systems, whose locks may be local or missing: they are refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import select
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from gpupool_sync.clock import boottime
+from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError
+from gpupool_sync.leases.base import (
+    Claim,
+    Granted,
+    Hint,
+    Holder,
+    Lease,
+    LeaseInfo,
+    Outcome,
+    Queued,
+    Refused,
+    Scope,
+    Share,
+    TicketInfo,
+    Wanted,
+)
+from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
+from gpupool_sync.models import Reason
+
+#: Where the locks are, unless the default is wanted. It must be the same for all users of the machine.
+VARIABLE = "GPU_POOL_LOCK_DIR"
+#: File systems whose locks may not hold between machines, or at all.
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs2", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2"}
+    | {"orangefs", "smb3", "smbfs", "virtiofs", "wekafs"}
+    | {f"fuse.{name}" for name in ("ceph", "davfs2", "gcsfuse", "glusterfs", "juicefs", "rclone", "s3fs", "sshfs")}
+)
+#: Records are padded to this many bytes, so that a file system that fills up later still takes the next one.
+RECORD_BYTES = 1024
+#: Seconds that what a record said is believed when only ranking depends on it.
+RECORD_TIME = 0.25
+#: Seconds to wait for the guard of a shared card; it is held for microseconds, but its holder may be stopped.
+GUARD_TIME = 0.2
+#: Ids that are remembered as gone; the claims of one process are never late by more than a thread's time slice.
+MAX_GONE = 10_000
+#: Explanations name at most so many cards.
+MAX_REASONS = 64
+
+_QUEUE = "queue"
+_PLACE_OFFSET = 1e9  # seconds
+_STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
+_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def default_directory(environ: Mapping[str, str] = os.environ) -> str:
+    """
+    The directory that all users of this machine share.
+
+    `GPU_POOL_LOCK_DIR`, else ``gpupool_sync`` in the system's lock directory where everybody may write there, else in
+    ``/tmp``: never `TMPDIR`, which differs between users.
+    """
+    given = environ.get(VARIABLE)
+    if given:
+        if not os.path.isabs(given):
+            raise ConfigError(f"{VARIABLE}={given!r}: an absolute path is allowed")
+        return given
+    for parent in ("/run/lock", "/var/lock"):
+        with contextlib.suppress(OSError):
+            found = os.stat(parent)
+            if stat.S_ISDIR(found.st_mode) and found.st_mode & 0o1002 == 0o1002:
+                return f"{parent}/gpupool_sync"
+    return "/tmp/gpupool_sync"  # noqa: S108 - shared on purpose; opened as `_Directory` says
+
+
+def boot_id() -> str:
+    """Of this boot: times of `clock.boottime` mean something only together with it."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return "unknown"
+
+
+class _Descriptor:
+    """An open file that is closed when the last reference goes: an interrupt between two lines cannot leak it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Directory:
+    """The lock directory, opened once; every name in it is looked up relative to the descriptor."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._make(path, None)
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(path, exc)) from exc
+        self._owner = _Descriptor(self.fd)
+        self._check()
+        try:
+            self._make(_QUEUE, self.fd)
+            self.queue_fd = os.open(_QUEUE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(path, exc)) from exc
+        self._queue_owner = _Descriptor(self.queue_fd)
+
+    @staticmethod
+    def _make(name: str, dir_fd: int | None) -> None:
+        try:
+            os.mkdir(name, 0o1777, dir_fd=dir_fd)
+        except FileExistsError:
+            return
+        # The umask took bits away. chmod by name could follow a symlink that somebody put there since.
+        made = _Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd))
+        os.fchmod(made.fd, 0o1777)
+        made.close()
+
+    def _check(self) -> None:
+        found = os.fstat(self.fd)
+        if found.st_mode & 0o0002 and not found.st_mode & stat.S_ISVTX:
+            raise LeaseStoreError(
+                f"the lock directory {self.path} is not safe: everybody may delete the locks of everybody; "
+                f"chmod +t {self.path}"
+            )
+        kind = _file_system(found.st_dev)
+        if kind in NETWORK_FILE_SYSTEMS:
+            raise LeaseStoreError(
+                f"the lock directory {self.path} is on a network file system ({kind}), whose locks may not hold; "
+                f"set {VARIABLE} to a local directory"
+            )
+
+    def open_shared_file(self, name: str, dir_fd: int) -> tuple[_Descriptor, bool]:
+        """A file that every user may lock and write, made if need be; and whether it was made now."""
+        for _ in range(20):
+            # Without O_CREAT where it exists: fs.protected_regular refuses O_CREAT on other users' files.
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    return _regular(_Descriptor(os.open(name, _OPEN, dir_fd=dir_fd)), name), False
+                except PermissionError:
+                    time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
+                    continue
+            with contextlib.suppress(FileExistsError):
+                made = _Descriptor(os.open(name, _OPEN | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=dir_fd))
+                os.fchmod(made.fd, 0o666)
+                return made, True
+        raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
+
+    def is_current(self, file: _Descriptor, name: str, dir_fd: int) -> bool:
+        """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
+        mine = os.fstat(file.fd)
+        try:
+            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _regular(file: _Descriptor, name: str) -> _Descriptor:
+    if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+        raise LeaseStoreError(f"{name} in the lock directory is not a regular file; somebody put it there")
+    return file
+
+
+def _file_system(device: int) -> str | None:
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
+        for line in file:
+            fields = line.split()
+            if len(fields) > 2 and fields[2] == wanted and "-" in fields:
+                return fields[fields.index("-") + 1]
+    return None
+
+
+def _unusable(path: str, exc: OSError) -> str:
+    why = {
+        errno.EROFS: "is on a read-only file system",
+        errno.ENOSPC: "is on a file system that is full",
+        errno.EDQUOT: "is over its quota",
+        errno.ELOOP: "is a symbolic link, which is not followed",
+        errno.ENOTDIR: "is not a directory",
+        errno.ENOENT: "cannot be made, the directory above it is missing",
+    }.get(exc.errno or 0, f"cannot be used: {exc.strerror}")
+    return f"the lock directory {path} {why}; {VARIABLE} names another one (the same for all users)"
+
+
+def _file_name(key: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,99}", key):
+        return f"gpu-{key}"
+    return f"gpu-by-url-{hashlib.sha256(key.encode()).hexdigest()[:40]}"
+
+
+def _take(file: _Descriptor, how: int) -> bool:
+    try:
+        fcntl.flock(file.fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _Held:
+    """A lease of this process with the descriptors that are its locks."""
+
+    __slots__ = ("files", "lease", "names")
+
+    def __init__(self, lease: Lease, files: list[_Descriptor], names: list[str]) -> None:
+        self.lease = lease
+        self.files = files
+        self.names = names
+
+
+class _Ticket:
+    """A ticket of this process."""
+
+    __slots__ = ("body", "claim", "file", "first_place", "name", "place")
+
+    def __init__(self, claim: Claim, name: str, place: float, file: _Descriptor) -> None:
+        self.claim = claim
+        self.name = name
+        self.first_place = self.place = place
+        self.file = file
+        self.body = b""
+
+
+#: Descriptors that a forked child inherited: they stay open, so that a card stays taken while a child may compute.
+_inherited: list[object] = []
+
+
+class HostStore:
+    """
+    A `LeaseStore` for all processes and users of one host that use the same lock directory.
+
+    Raises:
+        LeaseStoreError: the directory cannot be used; the message says why and what to do.
+    """
+
+    scope: Scope = "host"
+    needs_listener = True
+
+    def __init__(self, directory: str | None = None, *, clock: Callable[[], float] = boottime) -> None:
+        self._clock = clock
+        self._path = directory or default_directory()
+        self.description = f"host:{self._path}"
+        self._directory = _Directory(self._path)
+        self._boot = boot_id()
+        self._user = _user_name()
+        self._fresh_state()
+
+    def _fresh_state(self) -> None:
+        # Guards the dictionaries below: lookups and changes only. Files are opened, locked and written outside; what
+        # two threads do to one lease id at the same time is settled when the result is entered here.
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}  # by lease id
+        self._mine: dict[str, str] = {}  # card key -> a lease id of this process
+        self._tickets: dict[str, _Ticket] = {}  # by claim id
+        self._ticket_ids: dict[str, str] = {}  # ticket name -> claim id
+        self._gone: set[str] = set()
+        self._gone_order: deque[str] = deque()
+        self._records: dict[str, tuple[float, dict[str, Any] | None]] = {}  # card key -> read at, record
+        self._hints: tuple[Hint, ...] = ()
+        self._socket: socket.socket | None = None
+        self._socket_name = ""
+        self._has_socket = threading.Event()
+
+    # -- claiming ----------------------------------------------------------------------------------------------
+
+    def claim(self, claim: Claim) -> Outcome:
+        try:
+            return self._claim(claim)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
+
+    def _claim(self, claim: Claim) -> Outcome:
+        with self._lock:
+            held = self._held.get(claim.id)
+            if held is not None:
+                lease = held.lease
+                if (lease.holder, len(lease.cards), lease.share) != (claim.holder, claim.count, claim.share):
+                    raise LeaseStoreError(f"{self.description}: this lease id is in use with another request")
+                return Granted(lease)
+            if claim.id in self._gone:
+                raise LeaseLost("this lease was released or withdrawn before")
+            ticket = self._tickets.get(claim.id)
+            if ticket is not None and (ticket.claim.holder, ticket.claim.count, ticket.claim.share) != (
+                claim.holder,
+                claim.count,
+                claim.share,
+            ):
+                raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
+        position = 0
+        if claim.queue:
+            # The ticket first, then the look: a card that is released between the two finds the ticket.
+            position = self._leave_ticket(claim)
+        granted = self._try(claim)
+        if granted is None:
+            return Queued(position) if claim.queue else Refused(self._reasons(claim))
+        self._enter(claim, granted)
+        if claim.id in self._tickets:
+            self._drop_ticket(claim.id)
+        self._pass_on()
+        return Granted(granted.lease)
+
+    def _enter(self, claim: Claim, granted: _Held) -> None:
+        with self._lock:
+            if claim.id in self._gone:  # released while we were at it
+                late = True
+            else:
+                late = False
+                self._held[claim.id] = granted
+                for key in granted.lease.cards:
+                    self._mine[key] = claim.id
+        if late:
+            self._free(granted)
+            raise LeaseLost("this lease was released while it was being granted")
+
+    def _try(self, claim: Claim) -> _Held | None:
+        """Take the cards that the order of the queue allows."""
+        queue = self._load_queue(claim)
+        if not queue:
+            for group in claim.groups:
+                granted = self._lock_some(claim, group, group)
+                if granted is not None:
+                    return granted
+            return None
+        now = self._clock()
+        looked: dict[str, bool] = {}
+        fits = partial(self._fits_by_record, looked)
+        while True:
+            picked, hinted = queue.choose(claim, now, fits)
+            dead = self._tell(hinted, now)
+            if dead:
+                for name in dead:
+                    queue.remove(name)
+                continue
+            if picked is None:
+                break
+            cards = [wanted for group in claim.groups for wanted in group if wanted.key in picked]
+            granted = self._lock_some(claim, cards, cards)
+            if granted is not None:
+                return granted
+            # The records were behind. Each round rules one card out, so this ends.
+            for wanted in cards:
+                looked[wanted.key] = False
+        return self._take_over(claim, queue, looked, now)
+
+    def _take_over(self, claim: Claim, queue: TicketQueue, looked: dict[str, bool], now: float) -> _Held | None:
+        """Cards whose record says held though the kernel says free: their holder died without a word."""
+        for group in claim.groups:
+            left = [wanted for wanted in group if not looked.get(wanted.key, False)]
+            granted = self._lock_some(claim, left, group)
+            if granted is None:
+                continue
+            ours = frozenset(granted.lease.cards)
+            picked, hinted = queue.choose(claim, now, partial(_among, ours))
+            if picked is not None:
+                return granted
+            # Found, but somebody has waited longer: give it back as free, and tell them.
+            self._free(granted)
+            self._tell(hinted, now)
+        return None
+
+    def _lock_some(self, claim: Claim, order: Sequence[Wanted], group: Sequence[Wanted]) -> _Held | None:
+        """Lock `count` of the cards, all or nothing."""
+        if len(order) < claim.count:
+            return None
+        files: list[_Descriptor] = []
+        names: list[str] = []
+        keys: list[str] = []
+        records: list[dict[str, Any] | None] = []
+        for wanted in order:
+            if len(keys) == claim.count:
+                break
+            locked = (
+                self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim.id)
+            )
+            if locked is None:
+                continue
+            for file, name in locked:
+                files.append(file)
+                names.append(name)
+            keys.append(wanted.key)
+            records.append(_read(locked[0][0]))
+        if len(keys) < claim.count:
+            for file in files:
+                file.close()
+            return None
+        now = self._clock()
+        before = max((int(record.get("token", 0)) for record in records if record is not None), default=0)
+        lease = Lease(
+            id=claim.id,
+            holder=claim.holder,
+            cards=tuple(keys),
+            token=max(before + 1, int(time.time() * 1000)),
+            share=claim.share,
+            note=claim.note,
+            granted_at=now,
+        )
+        held = _Held(lease, files, names)
+        for file, name in zip(files, names, strict=True):
+            self._write(file, self._record_of(lease, name, released_at=None))
+        return held
+
+    def _lock_card(self, key: str) -> list[tuple[_Descriptor, str]] | None:
+        name = _file_name(key)
+        for _ in range(10):
+            file, _ = self._directory.open_shared_file(name, self._directory.fd)
+            if not _take(file, fcntl.LOCK_EX):
+                file.close()
+                return None
+            if self._directory.is_current(file, name, self._directory.fd):
+                return [(file, name)]
+            file.close()
+        return None
+
+    def _lock_share(self, wanted: Wanted, share: Share, claim_id: str) -> list[tuple[_Descriptor, str]] | None:
+        """``LOCK_SH`` on the card and ``LOCK_EX`` on a file of the share's own, counted under a short guard."""
+        name = _file_name(wanted.key)
+        guard, _ = self._directory.open_shared_file(f"{name}.guard", self._directory.fd)
+        try:
+            end = time.monotonic() + GUARD_TIME
+            while not _take(guard, fcntl.LOCK_EX):
+                if time.monotonic() >= end:
+                    return None  # its holder may be stopped: no share now, but no hang either
+                time.sleep(0.0005)
+            card, _ = self._directory.open_shared_file(name, self._directory.fd)
+            if not _take(card, fcntl.LOCK_SH) or not self._directory.is_current(card, name, self._directory.fd):
+                card.close()
+                return None
+            if not _fits(self._live_shares(name), share, wanted.room_mb):
+                card.close()
+                return None
+            own = f"{name}.share-{hashlib.sha256(claim_id.encode()).hexdigest()[:24]}"
+            file, _ = self._directory.open_shared_file(own, self._directory.fd)
+            if not _take(file, fcntl.LOCK_EX):
+                card.close()
+                return None
+            self._write(file, {"share": {"memory_mb": share.memory_mb, "places": share.places}})
+            return [(card, name), (file, own)]
+        finally:
+            guard.close()
+
+    def _live_shares(self, name: str) -> list[dict[str, Any]]:
+        """The records of the card's shares that a living process holds; files of dead ones are removed."""
+        found: list[dict[str, Any]] = []
+        for other in os.listdir(self._directory.fd):
+            if not other.startswith(f"{name}.share-"):
+                continue
+            with contextlib.suppress(OSError):
+                file = _Descriptor(os.open(other, _OPEN, dir_fd=self._directory.fd))
+                if _take(file, fcntl.LOCK_EX):
+                    os.unlink(other, dir_fd=self._directory.fd)
+                else:
+                    found.append((_read(file) or {}).get("share") or {})
+        return found
+
+    def _reasons(self, claim: Claim) -> dict[str, Reason]:
+        reasons: dict[str, Reason] = {}
+        for wanted in (wanted for group in claim.groups for wanted in group):
+            if len(reasons) >= MAX_REASONS:
+                break
+            self._records.pop(wanted.key, None)
+            holders = self.holders_of(wanted.key)
+            if holders and (claim.share is None or holders[0].share is None):
+                reasons[wanted.key] = Reason("held", f"held by {holders[0].holder}")
+            elif claim.share is not None:
+                reasons[wanted.key] = Reason("no-room", "no room is left for the share")
+            else:
+                reasons[wanted.key] = Reason("queue", "kept for somebody who has waited longer")
+        return reasons
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _record_of(self, lease: Lease, name: str, released_at: float | None) -> dict[str, Any]:
+        holder = lease.holder
+        return {
+            "v": 1,
+            "boot": self._boot,
+            "token": lease.token,
+            "holder": {
+                "id": holder.id,
+                "name": holder.name,
+                "user": holder.user,
+                "host": holder.host,
+                "pid": holder.pid,
+            },
+            "since": lease.granted_at,
+            "released_at": released_at,
+            "note": None if lease.note is None else lease.note[:200],
+            "cards": len(lease.cards),
+            "key": next((key for key in lease.cards if _file_name(key) == name), None),
+            "share": None
+            if lease.share is None
+            else {"memory_mb": lease.share.memory_mb, "places": lease.share.places},
+        }
+
+    def _write(self, file: _Descriptor, record: Mapping[str, Any]) -> None:
+        data = json.dumps(record, separators=(",", ":")).encode()
+        if len(data) >= RECORD_BYTES:  # a long URL as key, a long name: what informs most stays
+            data = json.dumps({**record, "note": None, "key": None, "holder": {}}, separators=(",", ":")).encode()
+        os.pwrite(file.fd, data[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n", 0)
+
+    def _record(self, key: str, *, fresh: bool) -> dict[str, Any] | None:
+        """What the card's file says; None if it has none, or none of this boot."""
+        now = self._clock()
+        known = self._records.get(key)
+        if known is not None and not fresh and now - known[0] < RECORD_TIME:
+            return known[1]
+        record = None
+        with contextlib.suppress(OSError):
+            file = _Descriptor(
+                os.open(_file_name(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.fd)
+            )
+            record = _read(file)
+        if record is not None and record.get("boot") != self._boot:
+            record = None
+        self._records[key] = (now, record)
+        return record
+
+    def _fits_by_record(
+        self, looked: dict[str, bool], wanted: Wanted, share: Share | None, pending: Sequence[Share | None]
+    ) -> bool:
+        """Whether the card would do, as far as files say without a lock; *looked* remembers for one operation."""
+        free = looked.get(wanted.key)
+        if free is None:
+            free = looked[wanted.key] = self._free_by_record(wanted.key, shared=share is not None)
+        if not free or share is None:
+            return free and not pending
+        if None in pending:
+            return False
+        others = [{"memory_mb": each.memory_mb, "places": each.places} for each in pending if each is not None]
+        return _fits([*self._shares_by_record(wanted.key), *others], share, wanted.room_mb)
+
+    def _shares_by_record(self, key: str) -> list[dict[str, Any]]:
+        prefix = f"{_file_name(key)}.share-"
+        found: list[dict[str, Any]] = []
+        for name in os.listdir(self._directory.fd):
+            if name.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    file = _Descriptor(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory.fd))
+                    found.append((_read(file) or {}).get("share") or {})
+        return found
+
+    def _free_by_record(self, key: str, *, shared: bool) -> bool:
+        record = self._record(key, fresh=True)
+        if record is None or record.get("released_at") is not None:
+            return key not in self._mine
+        return shared and record.get("share") is not None
+
+    # -- giving back -------------------------------------------------------------------------------------------
+
+    def release(self, ids: Iterable[str]) -> None:
+        freed: list[str] = []
+        waited = False
+        for lease_id in ids:
+            with self._lock:
+                self._remember_gone_locked(lease_id)
+                held = self._held.get(lease_id)
+            if held is not None:
+                # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
+                self._free(held)
+                freed += held.lease.cards
+                with self._lock:
+                    self._held.pop(lease_id, None)
+                    for key in held.lease.cards:
+                        if self._mine.get(key) == lease_id:
+                            del self._mine[key]
+            if lease_id in self._tickets:
+                self._drop_ticket(lease_id)
+                waited = True
+        if freed or waited:
+            self._pass_on(freed)
+
+    withdraw = release
+
+    def _free(self, held: _Held) -> None:
+        now = self._clock()
+        for file, name in zip(held.files, held.names, strict=True):
+            if file.fd < 0:
+                continue
+            # Nothing that goes wrong with a record may keep the card.
+            with contextlib.suppress(OSError):
+                if held.lease.share is None:
+                    self._write(file, self._record_of(held.lease, name, released_at=now))
+                elif ".share-" in name:
+                    os.unlink(name, dir_fd=self._directory.fd)
+            # For all: a forked child has the same lock through its copy of the descriptor.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file.fd, fcntl.LOCK_UN)
+            file.close()
+        for key in held.lease.cards:
+            if held.lease.share is not None:
+                self._note_last_share(key, held.lease, now)
+            self._records.pop(key, None)
+
+    def _note_last_share(self, key: str, lease: Lease, now: float) -> None:
+        """Write the release of the last share: whoever gets the whole lock finds nobody on the card."""
+        with contextlib.suppress(OSError, LeaseStoreError):
+            locked = self._lock_card(key)
+            if locked is not None:
+                file, name = locked[0]
+                self._write(file, self._record_of(lease, name, released_at=now))
+                file.close()
+
+    def _remember_gone_locked(self, lease_id: str) -> None:
+        if lease_id not in self._gone:
+            self._gone_order.append(lease_id)
+            self._gone.add(lease_id)
+            if len(self._gone_order) > MAX_GONE:
+                self._gone.discard(self._gone_order.popleft())
+
+    def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
+        # The kernel keeps these leases as long as their process lives: nothing to renew, only to look up.
+        with self._lock:
+            return {lease_id: lease_id in self._held for lease_id in ids}
+
+    # -- the queue ---------------------------------------------------------------------------------------------
+
+    def _leave_ticket(self, claim: Claim) -> int:
+        """Write or rewrite the ticket of *claim*; returns its position."""
+        self._need_socket()
+        now = self._clock()
+        ticket = self._tickets.get(claim.id)
+        place = now - claim.waited
+        if ticket is None:
+            name = _ticket_name(place, f"{time.monotonic_ns():020d}-{os.urandom(6).hex()}")
+            file, _ = self._directory.open_shared_file(name, self._directory.queue_fd)
+            ticket = _Ticket(claim, name, place, file)
+            # The dictionaries first, so that whatever happens next `withdraw` removes the file.
+            self._ticket_ids[name] = claim.id
+            self._tickets[claim.id] = ticket
+        else:
+            place = max(ticket.first_place - MAX_FORWARD, min(ticket.place, place))
+            if ticket.place - place > 0.001:
+                ticket.place = place
+                self._rename_ticket(ticket, _ticket_name(place, ticket.name.split("-", 2)[2]))
+        ticket.claim = claim
+        body = json.dumps(
+            {
+                "holder": _holder_dict(claim.holder),
+                "socket": self._socket_name,
+                "count": claim.count,
+                "reserve": claim.reserve,
+                "share": None if claim.share is None else [claim.share.memory_mb, claim.share.places],
+                "note": None if claim.note is None else claim.note[:200],
+                "groups": [[[wanted.key, wanted.room_mb] for wanted in group] for group in claim.groups],
+            },
+            separators=(",", ":"),
+        ).encode()
+        if body != ticket.body:
+            os.pwrite(ticket.file.fd, body, _STAMPS)
+            os.ftruncate(ticket.file.fd, _STAMPS + len(body))
+            ticket.body = body
+        # Speaking clears the hint. Last, so that a ticket with stamps is a whole one.
+        os.pwrite(ticket.file.fd, _stamps(None, now), 0)
+        before = [name for name in self._ticket_names() if name < ticket.name]
+        return len(before)
+
+    def _rename_ticket(self, ticket: _Ticket, name: str) -> None:
+        self._ticket_ids[name] = ticket.claim.id
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(ticket.name, name, src_dir_fd=self._directory.queue_fd, dst_dir_fd=self._directory.queue_fd)
+        self._ticket_ids.pop(ticket.name, None)
+        ticket.name = name
+
+    def _ticket_names(self) -> list[str]:
+        return sorted(name for name in os.listdir(self._directory.queue_fd) if name.startswith("ticket-"))
+
+    def _drop_ticket(self, claim_id: str) -> None:
+        ticket = self._tickets.get(claim_id)
+        if ticket is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(ticket.name, dir_fd=self._directory.queue_fd)
+        ticket.file.close()
+        self._ticket_ids.pop(ticket.name, None)
+        self._tickets.pop(claim_id, None)
+
+    def _load_queue(self, claim: Claim | None) -> TicketQueue:
+        """The tickets of all processes as a queue; that of *claim* has its id there."""
+        queue = TicketQueue()
+        names = self._ticket_names()
+        for name in names:
+            loaded = self._load_ticket(name)
+            if loaded is None:
+                continue
+            read, hinted_at, spoke_at, place = loaded
+            mine = self._ticket_ids.get(name)
+            if claim is not None and mine == claim.id:
+                queue.load(claim, place, None, spoke_at)
+            else:
+                queue.load(read, place, hinted_at, spoke_at)
+        return queue
+
+    def _load_ticket(self, name: str) -> tuple[Claim, float | None, float, float] | None:
+        try:
+            file = _Descriptor(
+                os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
+            )
+            data = os.pread(file.fd, 1 << 22, 0)
+            hinted, spoke = data[:_STAMPS].split()
+            place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
+            body = json.loads(data[_STAMPS:])
+            share = body["share"]
+            claim = Claim(
+                id=name,
+                holder=_holder_from(body["holder"]),
+                groups=tuple(tuple(Wanted(key, room) for key, room in group) for group in body["groups"]),
+                count=int(body["count"]),
+                share=None if share is None else Share(memory_mb=share[0], places=share[1]),
+                reserve=bool(body["reserve"]),
+                note=body["note"],
+            )
+            return claim, None if hinted == b"-" else float(hinted), float(spoke), place
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            return None  # gone, half written, or not ours: no reason to keep anybody from a card
+
+    def _tell(self, names: Sequence[str], now: float) -> list[str]:
+        """Hint to the owners of the tickets; returns the tickets whose owners are dead."""
+        dead: list[str] = []
+        for name in names:
+            # Before the message: what the owner answers clears the mark, never the other way round.
+            with contextlib.suppress(OSError):
+                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.queue_fd))
+                os.pwrite(file.fd, _hint_stamp(now), 0)
+            mine = self._ticket_ids.get(name)
+            if mine is not None:
+                for hint in self._hints:
+                    hint([mine])
+                continue
+            sock = self._socket_of(name)
+            if sock is None or not self._send(sock, name):
+                dead.append(name)
+                for stale in (name, sock):
+                    with contextlib.suppress(OSError):
+                        if stale is not None:
+                            os.unlink(stale, dir_fd=self._directory.queue_fd)
+        return dead
+
+    def _socket_of(self, name: str) -> str | None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            file = _Descriptor(
+                os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
+            )
+            found = json.loads(os.pread(file.fd, 1 << 22, _STAMPS))["socket"]
+            if isinstance(found, str) and re.fullmatch(r"sock-[0-9a-f]{16}", found):
+                return found
+        return None
+
+    def _send(self, sock: str, name: str) -> bool:
+        """Whether there is still somebody behind the socket."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            try:
+                sender.sendto(name.encode(), f"/proc/self/fd/{self._directory.queue_fd}/{sock}")
+            except (ConnectionRefusedError, FileNotFoundError):
+                return False
+            except OSError:
+                return True  # full, because its process is stopped: it lives, and is passed over in a second
+        return True
+
+    def _pass_on(self, freed: Iterable[str] = ()) -> None:
+        """Tell whoever is next for what is free now."""
+        queue = self._load_queue(None)
+        if not queue:
+            return
+        keys = set(freed)
+        # Also what came free before and was not claimed yet: who was told of that card does not need this one.
+        wanted = {key for ticket in queue for key in ticket.keys}
+        files = set(os.listdir(self._directory.fd)) if len(wanted) > 16 else None
+        keys |= {
+            key
+            for key in wanted - keys
+            if (files is None or _file_name(key) in files) and self._free_by_record(key, shared=False)
+        }
+        if not keys:
+            return
+        fits = partial(self._fits_by_record, dict.fromkeys(keys, True))
+        now = self._clock()
+        while True:
+            dead = self._tell(queue.hints(keys, now, fits), now)
+            if not dead:
+                return
+            for name in dead:
+                queue.remove(name)
+
+    def _need_socket(self) -> None:
+        if self._has_socket.is_set():
+            return
+        with self._lock:
+            if self._has_socket.is_set():
+                return
+            name = f"sock-{os.urandom(8).hex()}"
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                sock.setblocking(False)
+                # By descriptor: a path of more than 107 bytes does not fit into a socket's address.
+                sock.bind(f"/proc/self/fd/{self._directory.queue_fd}/{name}")
+                os.chmod(name, 0o666, dir_fd=self._directory.queue_fd)  # noqa: S103 - other users must be able to hint
+            except BaseException:
+                sock.close()
+                raise
+            self._socket_name = name
+            self._socket = sock
+            self._has_socket.set()
+
+    # -- hints -------------------------------------------------------------------------------------------------
+
+    def subscribe(self, hint: Hint) -> Callable[[], None]:
+        with self._lock:
+            self._hints = (*self._hints, hint)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._hints = tuple(other for other in self._hints if other is not hint)
+
+        return unsubscribe
+
+    def listen(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        if not self._has_socket.wait(timeout):
+            return
+        sock = self._socket
+        if sock is None:
+            return
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            if not select.select([sock], [], [], max(0.0, end - time.monotonic()))[0]:
+                return
+            for _ in range(256):
+                mine = self._ticket_ids.get(sock.recv(256).decode("ascii", "replace"))
+                if mine is not None:
+                    for hint in self._hints:
+                        hint([mine])
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def is_held(self, key: str) -> bool:
+        if key in self._mine:
+            return True
+        record = self._record(key, fresh=False)
+        return record is not None and record.get("released_at") is None
+
+    def holders_of(self, key: str) -> Sequence[LeaseInfo]:
+        record = self._record(key, fresh=False)
+        if record is None or record.get("released_at") is not None:
+            return ()
+        info = self._info(key, record)
+        return () if info is None else (info,)
+
+    def released_at(self, key: str) -> float | None:
+        record = self._record(key, fresh=False)
+        released = None if record is None else record.get("released_at")
+        return float(released) if isinstance(released, (int, float)) else None
+
+    def _info(self, key: str, record: Mapping[str, Any]) -> LeaseInfo | None:
+        try:
+            share = record.get("share")
+            return LeaseInfo(
+                cards=(key,),
+                holder=_holder_from(record["holder"]),
+                token=int(record["token"]),
+                share=None if not share else Share(memory_mb=share["memory_mb"], places=share["places"]),
+                note=record.get("note"),
+                since=max(0.0, self._clock() - float(record["since"])),
+            )
+        except (KeyError, TypeError, ValueError):
+            return None  # garbled: a record informs, it does not decide
+
+    def leases(self) -> Sequence[LeaseInfo]:
+        found: list[LeaseInfo] = []
+        for name in sorted(os.listdir(self._directory.fd)):
+            if not name.startswith("gpu-") or ".guard" in name:
+                continue
+            with contextlib.suppress(OSError):
+                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.fd))
+                record = _read(file)
+                if record is None or record.get("boot") != self._boot or record.get("released_at") is not None:
+                    continue
+                # Of a shared card, each share's own file speaks.
+                if (record.get("share") is not None) != (".share-" in name):
+                    continue
+                key = record.get("key") or name
+                info = self._info(str(key), record)
+                if info is not None and self._alive(file):
+                    found.append(info)
+        return found
+
+    @staticmethod
+    def _alive(file: _Descriptor) -> bool:
+        # LOCK_SH and at once undone: of all ways to look it disturbs least (a claim of this instant is refused and
+        # comes again within a second). Called for displays only.
+        if _take(file, fcntl.LOCK_SH):
+            fcntl.flock(file.fd, fcntl.LOCK_UN)
+            return False
+        return True
+
+    def queue(self) -> Sequence[TicketInfo]:
+        return self._load_queue(None).infos(self._clock())
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def forget_after_fork(self) -> None:
+        """The parent's leases are not ours. Their descriptors stay open: we may compute on those cards."""
+        _inherited.append((self._held, self._tickets, self._socket))
+        self._fresh_state()
+
+    def close(self) -> None:
+        """Remove what belongs to the queue; locks are let go by `release`, or with the process."""
+        with self._lock:
+            sock = self._socket
+            self._socket = None
+            self._has_socket.clear()
+        for claim_id in list(self._tickets):
+            self._drop_ticket(claim_id)
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._socket_name, dir_fd=self._directory.queue_fd)
+            sock.close()
+
+
+def _among(keys: frozenset[str], wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:
+    return wanted.key in keys and (share is not None or not pending)
+
+
+def _read(file: _Descriptor) -> dict[str, Any] | None:
+    try:
+        record = json.loads(os.pread(file.fd, RECORD_BYTES, 0))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _ticket_name(place: float, ending: str) -> str:
+    # Sorted by name is sorted by place. The offset keeps places before boot (a long wait elsewhere) sortable.
+    return f"ticket-{int((place + _PLACE_OFFSET) * 1e6):020d}-{ending}"
+
+
+def _stamps(hinted: float | None, spoke: float) -> bytes:
+    return f"{'-' if hinted is None else f'{hinted:.6f}':<31} {spoke:.6f}".encode().ljust(_STAMPS)
+
+
+def _hint_stamp(now: float) -> bytes:
+    return f"{now:<31.6f}".encode()
+
+
+def _fits(others: Sequence[Mapping[str, Any]], share: Share, room_mb: float | None) -> bool:
+    if share.places is not None:
+        limits = [share.places]
+        for other in others:
+            places = other.get("places")
+            if not isinstance(places, int):
+                return False  # another mode
+            limits.append(places)
+        return len(others) < min(limits)
+    asked = share.memory_mb or 0.0
+    for other in others:
+        used = other.get("memory_mb")
+        if not isinstance(used, (int, float)):
+            return False
+        asked += used
+    return asked <= (room_mb or 0.0)
+
+
+def _holder_dict(holder: Holder) -> dict[str, Any]:
+    return {"id": holder.id, "name": holder.name, "user": holder.user, "host": holder.host, "pid": holder.pid}
+
+
+def _holder_from(data: Mapping[str, Any]) -> Holder:
+    name = data.get("name")
+    return Holder(
+        id=str(data.get("id", "")),
+        name=None if name is None else str(name)[:100],
+        user=str(data.get("user", "?"))[:100],
+        host=str(data.get("host", "?"))[:255],
+        pid=int(data.get("pid", 0)),
+    )
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+_stores: dict[str, HostStore] = {}
+# Guards _stores: two pools of one process must share one store, or each would take the other for a stranger.
+_stores_lock = threading.Lock()
+
+
+def host_store(directory: str | None = None) -> HostStore:
+    """The store of this process for a lock directory (default: `default_directory`)."""
+    path = directory or default_directory()
+    with _stores_lock:
+        if path not in _stores:
+            _stores[path] = HostStore(path)
+        return _stores[path]
+
+
+def _after_fork_in_child() -> None:
+    global _stores_lock
+    _stores_lock = threading.Lock()
+    for store in _stores.values():
+        store.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
