@@ -22,7 +22,7 @@ from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.pool import GPUPool
 from gpupool_sync.server import require_extra
 from gpupool_sync.status import EndpointStatus, Status
-from gpupool_sync.testing import FakeFleet
+from gpupool_sync.testing import FakeFleet, FakeServer
 
 #: GPUs of the servers.
 SIZES = (8, 4, 2)
@@ -36,6 +36,8 @@ LIMIT = 60.0
 RESERVE = 8.0
 #: Jobs that the killed server must run after its return before the work may end.
 WANTED_AFTER_RECOVERY = 3
+#: Seconds in which servers start.
+PATIENCE = 30.0
 #: Seconds between two looks of the pool at a server: short, so that death and return are seen while one watches.
 POLL_INTERVAL = 0.3
 #: Seconds at most between two attempts to reach the dead server, and for its gradual return.
@@ -183,7 +185,6 @@ class Demo:
         self._given = 0
         self._done = 0
         self._failed = 0
-        self._first_error: Exception | None = None
         self._waits: list[float] = []
         self._per_endpoint: dict[str, int] = {}
         self._events: list[Event] = []
@@ -210,8 +211,8 @@ class Demo:
         """
         require_extra("server", "fastapi", "uvicorn")
         self._say("starting three servers, each a process of its own")
-        with FakeFleet(list(SIZES)) as fleet:
-            endpoints = [Endpoint(server.url, name=server.name) for server in fleet]
+        with FakeFleet(list(SIZES), start_timeout=self._deadline.within(PATIENCE)) as fleet:
+            endpoints = [Endpoint(server.url, name=f"server{number}") for number, server in enumerate(fleet, 1)]
             store = MemoryStore()
             pool = GPUPool(
                 endpoints,
@@ -221,6 +222,12 @@ class Demo:
                 endpoint_timeout=1.0,
                 endpoint_max_retries=0,
                 breaker_failures=2,
+                # All of these, so that nobody's environment changes what a stranger sees.
+                strategy="availability",
+                memory_threshold=80.0,
+                utilization_threshold=90.0,
+                max_stats_age=5.0,
+                max_waiting=WORKERS,
                 name="demo",
             )
             threads: list[threading.Thread] = []
@@ -233,7 +240,10 @@ class Demo:
                     for number in range(WORKERS)
                 ]
                 director = threading.Thread(
-                    target=self._direct, args=(pool, fleet), name="gpupool-demo-director", daemon=True
+                    target=self._direct,
+                    args=(pool, endpoints[VICTIM].id, fleet[VICTIM]),
+                    name="gpupool-demo-director",
+                    daemon=True,
                 )
                 threads.insert(0, director)
                 for thread in threads:
@@ -260,10 +270,14 @@ class Demo:
     ) -> None:
         while any(thread.is_alive() for thread in threads):
             if self._deadline.passed():
-                where = "the killed server was not back" if self._recovered_at is None else "jobs were left"
+                where = "jobs were left"
+                if self._recovered_at is None:
+                    where = "the killed server was not back"
+                elif not self._began_after_recovery:
+                    where = "the killed server was back, but got no job"
                 raise DemoOverdue(
                     f"not done within {self._limit:g} s, so it was ended: "
-                    f"{self._done} of {self._asked} jobs done, {where}"
+                    f"{self._done} of {self._asked} jobs done, and {where}"
                 )
             if watch is not None:
                 watch(self._view(pool.status()))
@@ -284,8 +298,7 @@ class Demo:
                     return
                 with self._lock:
                     self._failed += 1
-                    self._first_error = self._first_error or exc
-                self._say(f"job {number} failed: {type(exc).__name__}: {str(exc).splitlines()[0]}", "bad")
+                self._say(f"job {number} failed: {type(exc).__name__}: {str(exc).partition(chr(10))[0]}", "bad")
 
     def _next_job(self) -> int | None:
         with self._lock:
@@ -329,34 +342,33 @@ class Demo:
 
     # -- the accident ------------------------------------------------------------------------------------------
 
-    def _direct(self, pool: GPUPool, fleet: FakeFleet) -> None:
-        victim = fleet[VICTIM]
+    def _direct(self, pool: GPUPool, victim: str, server: FakeServer) -> None:
         try:
             if not self._wait_until(lambda: self._done * 3 >= self._asked):
                 return
             begin = time.monotonic()
-            self._killed = victim.name
-            victim.kill()
-            self._say(f"{victim.name} is killed; its jobs go on, new ones go elsewhere", "bad")
-            if not self._wait_until(lambda: self._seen(pool, victim.name).breaker != "closed"):
+            self._killed = victim
+            server.kill()
+            self._say(f"{victim} is killed; its jobs go on, new ones go elsewhere", "bad")
+            if not self._wait_until(lambda: self._seen(pool, victim).breaker != "closed"):
                 return
-            self._say(f"the pool noticed after {time.monotonic() - begin:.1f} s: {victim.name} gets no jobs", "bad")
+            self._say(f"the pool noticed after {time.monotonic() - begin:.1f} s: {victim} gets no jobs", "bad")
             if not self._wait_until(lambda: self._done * 3 >= self._asked * 2):
                 return
-            self._say(f"{victim.name} is started again")
+            self._say(f"{victim} is started again")
             begin = self._restarted_at = time.monotonic()
-            victim.restart()
-            if not self._wait_until(lambda: self._back(self._seen(pool, victim.name))):
+            server.restart(self._deadline.within(PATIENCE))
+            if not self._wait_until(lambda: self._back(self._seen(pool, victim))):
                 return
             self._recovered_at = time.monotonic()
             back_after = self._recovered_at - begin
-            self._say(f"{victim.name} answers again after {back_after:.1f} s and gets jobs, few at first", "good")
+            self._say(f"{victim} answers again after {back_after:.1f} s and gets jobs, few at first", "good")
             if self._wait_until(lambda: self._first_after_recovery is not None):
-                self._say(f"job {self._first_after_recovery} is the first on {victim.name} since", "good")
+                self._say(f"job {self._first_after_recovery} is the first on {victim} since", "good")
         except Exception as exc:
             self._director_failed = True
             if not self._stop.is_set():
-                self._say(f"restarting {victim.name} failed: {type(exc).__name__}: {exc}", "bad")
+                self._say(f"restarting {victim} failed: {type(exc).__name__}: {exc}", "bad")
 
     def _wait_until(self, condition: Callable[[], bool]) -> bool:
         """Whether it came true before the time was over."""

@@ -96,14 +96,12 @@ class DeviceSource:
 
     def __init__(self) -> None:
         self._reader: devices.Reader | None = None
-
-    @property
-    def description(self) -> str:
-        return self._reader.description if self._reader is not None else "not read yet"
+        self.description = "not read yet"
 
     def fetch(self, deadline: Deadline) -> Sample:
         if self._reader is None:
             self._reader = devices.open_reader()
+            self.description = self._reader.description
         left = deadline.remaining()
         return self._reader.read(10.0 if left is None else left)
 

@@ -101,6 +101,8 @@ class Sample:
     faults: tuple[GPUFault, ...] = ()
     host: HostIdentity | None = None
     leases: LeaseOffer | None = None
+    #: The version of our protocol that the server speaks; None: a statistics server of somebody else.
+    protocol: int | None = None
     #: The server's own timestamp, as it wrote it. Compared for equality only, never parsed: clocks differ.
     timestamp: str | None = None
     #: Oddities of the answer that cost no more than a field or a card, for logs and `doctor`.

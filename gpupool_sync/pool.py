@@ -39,7 +39,7 @@ from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Share, 
 from gpupool_sync.models import Card, EndpointView, GPURequest, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
-from gpupool_sync.waiting import Waiter, WaitingRoom
+from gpupool_sync.waiting import Waiter, WaitingRoom, listener
 
 if TYPE_CHECKING:
     from gpupool_sync.endpoint import PolledEndpoint
@@ -311,7 +311,8 @@ class GPUPool:
         self._screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
         self._local_ids: frozenset[str] = frozenset()
         self._last_free: dict[str, frozenset[str]] = {}
-        self._holder: Holder | None = None
+        # Made here and not at the first claim: two threads would make two, and each claim must repeat its own.
+        self._holder = self._make_holder()
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -406,9 +407,14 @@ class GPUPool:
                 stacklevel=_user_stacklevel(),
             )
             return shared_store()
-        if asked != "memory:":
-            raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' only")
-        return shared_store()
+        kind, _, directory = asked.partition(":")
+        if kind == "memory":
+            return shared_store()
+        if kind == "host":
+            from gpupool_sync.leases.host import host_store
+
+            return host_store(directory or None)
+        raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' and 'host:' only")
 
     def close(self, timeout: float = 5.0) -> None:
         """
@@ -752,6 +758,8 @@ class GPUPool:
         self._waiting.join(waiter)
         claims = 0
         try:
+            if engine.arbiter.needs_listener:
+                listener(engine.arbiter).listen_for(self._waiting)
             while True:
                 if self._closed:
                     raise PoolClosed("the pool was closed while this call waited")
@@ -945,7 +953,7 @@ class GPUPool:
             grant.asked.append(store)
         claim = Claim(
             id=grant.id,
-            holder=self._holder or self._make_holder(),
+            holder=self._holder,
             groups=tuple(tuple(_wanted(store, card, request) for card in cards) for _, cards in offers),
             count=request.count,
             share=_share(request),
@@ -992,14 +1000,9 @@ class GPUPool:
             user = getpass.getuser()
         except (KeyError, OSError):  # no entry for the uid: containers
             user = str(os.getuid()) if hasattr(os, "getuid") else "?"
-        self._holder = Holder(
-            id=os.urandom(8).hex(),
-            name=self._settings.name,
-            user=user,
-            host=socket.gethostname(),
-            pid=os.getpid(),
+        return Holder(
+            id=os.urandom(8).hex(), name=self._settings.name, user=user, host=socket.gethostname(), pid=os.getpid()
         )
-        return self._holder
 
     # -- releasing ---------------------------------------------------------------------------------------------
 

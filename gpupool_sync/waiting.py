@@ -6,10 +6,16 @@ a `Condition` half entered.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import weakref
 from collections.abc import Iterable
 
-from gpupool_sync.errors import TooManyWaiting
+from gpupool_sync.errors import LeaseStoreError, TooManyWaiting
+from gpupool_sync.leases.base import LeaseStore
+
+logger = logging.getLogger(__name__)
 
 #: Seconds after which a waiter looks again by itself: hints are hints, and readings change.
 RECHECK = 1.0
@@ -93,3 +99,73 @@ class WaitingRoom:
     def recheck(self) -> float:
         """Seconds that a waiter sleeps at most."""
         return RECHECK * max(1.0, len(self._waiters) / MANY_WAITERS)
+
+
+class Listener:
+    """
+    The one thread of this process that listens to an arbiter's hints.
+
+    It runs while somebody waits, and ends by itself when nobody has for a while.
+    """
+
+    def __init__(self, store: LeaseStore) -> None:
+        self._store = store
+        # Guards _thread and _rooms.
+        self._lock = threading.Lock()
+        self._rooms: weakref.WeakSet[WaitingRoom] = weakref.WeakSet()
+        self._thread: threading.Thread | None = None
+
+    def listen_for(self, room: WaitingRoom) -> None:
+        """See to it that the thread runs as long as somebody is in *room*."""
+        thread = self._thread
+        if thread is not None and thread.is_alive() and room in self._rooms:
+            return
+        with self._lock:
+            self._rooms.add(room)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="gpupool-listener", daemon=True)
+                self._thread.start()
+
+    def _needed(self) -> bool:
+        with self._lock:
+            if any(len(room) for room in self._rooms):
+                return True
+            # Decided under the lock: who comes in now finds no thread and starts another one.
+            self._thread = None
+            return False
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while self._needed():
+            try:
+                self._store.listen(RECHECK)
+            except LeaseStoreError as exc:
+                logger.warning("no hints from %s: %s", self._store.description, exc)
+                pause.wait(RECHECK)
+            except Exception:
+                # Supervised: waiters look again by themselves each second, but they should not have to.
+                logger.exception("listening to %s broke; going on", self._store.description)
+                pause.wait(RECHECK)
+
+
+_listeners: weakref.WeakKeyDictionary[LeaseStore, Listener] = weakref.WeakKeyDictionary()
+# Guards _listeners: all pools of the process share one listener for each arbiter.
+_listeners_lock = threading.Lock()
+
+
+def listener(store: LeaseStore) -> Listener:
+    """The listener of this process for *store*."""
+    with _listeners_lock:
+        if store not in _listeners:
+            _listeners[store] = Listener(store)
+        return _listeners[store]
+
+
+def _after_fork_in_child() -> None:
+    global _listeners_lock, _listeners
+    _listeners_lock = threading.Lock()
+    _listeners = weakref.WeakKeyDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -202,6 +202,7 @@ def _read_summary(document: dict[str, Any], taken_at: float) -> Sample:
     if protocol is not None:
         if not _is_int(protocol) or protocol < 1:
             problems.add(f"protocol is {_quote(protocol)} instead of a whole number of at least 1")
+            protocol = None
         elif protocol > PROTOCOL_VERSION:
             problems.add(f"the server speaks protocol {protocol}, this program {PROTOCOL_VERSION}")
     count = document.get("gpu_count")
@@ -220,6 +221,7 @@ def _read_summary(document: dict[str, Any], taken_at: float) -> Sample:
         faults=faults + unavailable,
         host=_read_host(document.get("host"), problems),
         leases=leases,
+        protocol=protocol,
         timestamp=_clean(timestamp) if isinstance(timestamp, str) else None,
         problems=problems.lines(),
     )

@@ -17,7 +17,6 @@ import threading
 import time
 
 from cards import HERE, Cards
-
 from gpupool_sync import GPUPool, devices
 from gpupool_sync.leases.memory import MemoryStore
 

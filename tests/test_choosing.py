@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from cards import reading
 
+from cards import reading
 from gpupool_sync.choosing import Limits, room_mb, screen, usable
 from gpupool_sync.errors import ConfigError
 from gpupool_sync.models import Card, ComputeProcess, GPURequest, Sample, Snapshot

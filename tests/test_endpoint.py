@@ -9,12 +9,12 @@ import math
 import pytest
 import requests
 import responses
-from helpers import eventually
 
 from gpupool_sync import config, endpoint, wire
 from gpupool_sync.clock import boottime
 from gpupool_sync.endpoint import FIRST_SHARE, KEPT_RESPONSES, TooManyRequests, make_endpoint
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable
+from helpers import eventually
 
 URL = "http://server1:8000"
 SUMMARY = f"{URL}/gpu/summary"

@@ -13,9 +13,8 @@ import time
 import warnings
 
 import pytest
-from cards import Cards, local_pool
-from helpers import HoldLog, eventually, run_threads
 
+from cards import Cards, local_pool
 from gpupool_sync import (
     AcquireTimeout,
     ConfigError,
@@ -29,6 +28,7 @@ from gpupool_sync import (
 from gpupool_sync.errors import GPUPoolError
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import ComputeProcess, GPUFault
+from helpers import HoldLog, eventually, run_threads
 
 
 @pytest.fixture
@@ -403,10 +403,14 @@ def test_foreign_memory_narrows_the_room_of_shares(monkeypatch):
 
 def test_a_forgotten_handle_is_kept_and_named(pool):
     """Dropping a handle does not free the card under a running job; a warning names the line."""
-    with pytest.warns(ResourceWarning, match=r"test_pool\.py:\d+"):
+
+    def forget():
         pool.acquire()
         gc.collect()
         eventually(lambda: pool.stats()["forgotten"] == 1, message="the handle is noticed")
+
+    with pytest.warns(ResourceWarning, match=r"test_pool\.py:\d+"):
+        forget()
     assert pool.stats()["held"] == 1
     pool.release_all()
     assert pool.stats()["held"] == 0

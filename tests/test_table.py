@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from cards import reading
-from helpers import run_threads
-
 from gpupool_sync.models import Card, Sample, Snapshot
 from gpupool_sync.table import Table
+from helpers import run_threads
 
 
 def snapshot(endpoint_id, *indices, at=1.0):

@@ -773,4 +773,6 @@ def test_what_a_server_says_is_what_a_client_hears(sample):
     assert sample.timestamp is not None
     body = wire.dump(wire.summary_document(sample, timestamp=sample.timestamp))
 
-    assert wire.parse_summary(body, endpoint_id="e", taken_at=sample.taken_at) == sample
+    assert wire.parse_summary(body, endpoint_id="e", taken_at=sample.taken_at) == attrs.evolve(
+        sample, protocol=wire.PROTOCOL_VERSION
+    )

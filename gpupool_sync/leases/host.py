@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import getpass
 import hashlib
 import json
@@ -51,6 +50,11 @@ from gpupool_sync.leases.base import (
 )
 from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
+
+try:
+    import fcntl
+except ImportError as exc:  # pragma: no cover - not POSIX
+    raise ConfigError("lease_store='host:' needs the file locks of Linux or macOS; 'memory:' needs nothing") from exc
 
 #: Where the locks are, unless the default is wanted. It must be the same for all users of the machine.
 VARIABLE = "GPU_POOL_LOCK_DIR"
@@ -180,6 +184,12 @@ class _Directory:
                 os.fchmod(made.fd, 0o666)
                 return made, True
         raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
+
+    def socket_path(self, name: str) -> str:
+        """Where a socket of the queue is: by descriptor, as long paths do not fit into a socket's address."""
+        if os.path.isdir("/proc/self/fd"):
+            return f"/proc/self/fd/{self.queue_fd}/{name}"
+        return os.path.join(self.path, _QUEUE, name)
 
     def is_current(self, file: _Descriptor, name: str, dir_fd: int) -> bool:
         """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
@@ -786,7 +796,7 @@ class HostStore:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             try:
-                sender.sendto(name.encode(), f"/proc/self/fd/{self._directory.queue_fd}/{sock}")
+                sender.sendto(name.encode(), self._directory.socket_path(sock))
             except (ConnectionRefusedError, FileNotFoundError):
                 return False
             except OSError:
@@ -828,8 +838,7 @@ class HostStore:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 sock.setblocking(False)
-                # By descriptor: a path of more than 107 bytes does not fit into a socket's address.
-                sock.bind(f"/proc/self/fd/{self._directory.queue_fd}/{name}")
+                sock.bind(self._directory.socket_path(name))
                 os.chmod(name, 0o666, dir_fd=self._directory.queue_fd)  # noqa: S103 - other users must be able to hint
             except BaseException:
                 sock.close()

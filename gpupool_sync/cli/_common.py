@@ -1,0 +1,209 @@
+"""What the commands share: options, a pool that grants nothing, and words for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import click
+
+from gpupool_sync.status import to_jsonable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gpupool_sync.pool import GPUPool
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Columns of a console that is no terminal: what is piped must not be cut to the width of nobody's window.
+PIPE_WIDTH = 240
+
+#: What an arbiter's scope means to a reader.
+SCOPES = {
+    "process": "among the threads of one process",
+    "host": "among the users of one machine",
+    "everybody": "among everybody who can reach the GPU",
+}
+
+
+@attrs.define
+class Call:
+    """What the outermost level must know of the command that runs."""
+
+    as_json: bool = False
+
+
+def _remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    call = ctx.find_object(Call)
+    if call is not None:
+        call.as_json = value
+    return value
+
+
+def json_option(command: F) -> F:
+    """``--json``"""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        # Eager: errors in the options that follow are already told as JSON.
+        is_eager=True,
+        callback=_remember_json,
+        help="Print one JSON value: durations in float seconds, times in ISO 8601 UTC, an error as an object.",
+    )(command)
+
+
+def client_options(command: F) -> F:
+    """The options of every command that looks at servers."""
+    command = json_option(command)
+    command = click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True, max=86400),
+        metavar="SECONDS",
+        help="Seconds for one exchange with a server, retries included.  [default: GPU_ENDPOINT_TIMEOUT, else 10]",
+    )(command)
+    return click.option(
+        "--endpoints",
+        metavar="URLS",
+        callback=_without_secrets,
+        help="The servers: comma-separated URLs or name=URL, without credentials.  "
+        "[default: GPU_SERVICE_ENDPOINTS and its kin, else this machine's own GPUs]",
+    )(command)
+
+
+def _without_secrets(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and "@" in value:
+        raise click.BadParameter(
+            "a user or password here could be read by everybody on this machine (ps); "
+            "put such URLs into GPU_SERVICE_ENDPOINTS",
+            ctx=ctx,
+            param=param,
+        )
+    return value
+
+
+# -- the pool --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def looking_pool(endpoints: str | None, timeout: float | None) -> Iterator[GPUPool]:
+    """An open pool whose servers have all answered or failed once; it grants nothing, so it needs no arbiter."""
+    from gpupool_sync.pool import GPUPool
+
+    with quiet_log():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pool = GPUPool(endpoints, lease_store="memory:", endpoint_timeout=timeout)
+        for warning in caught:
+            click.echo(f"Warning: {plain(warning.message)}", err=True)
+        with pool:
+            pool.open(wait=True)
+            yield pool
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """Keep the package's log off the screen: what it says is in the output, or would tear a live view."""
+    logger = logging.getLogger("gpupool_sync")
+    # With any handler at all, logging's last resort does not print to stderr.
+    handler = logging.NullHandler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+# -- words -----------------------------------------------------------------------------------------------------
+
+
+def print_json(value: object) -> None:
+    """One value on one line."""
+    click.echo(json.dumps(to_jsonable(value), allow_nan=False))
+
+
+def plain(text: object) -> str:
+    """
+    *text* on one line, with what could drive a terminal made visible.
+
+    For everything that a server may have said.
+    """
+    found = str(text)
+    if not found.isprintable():
+        found = "".join(ch if ch.isprintable() else " " if ch in "\n\r\t" else ascii(ch)[1:-1] for ch in found)
+    return found
+
+
+def seconds(value: float | None) -> str:
+    """A duration for people."""
+    if value is None or value == float("inf"):
+        return "?"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def milliseconds(value: float | None) -> str:
+    """A response time for people."""
+    return "–" if value is None else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def plural(number: int, word: str) -> str:
+    """``1 GPU``, ``2 GPUs``."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+# -- the screen ------------------------------------------------------------------------------------------------
+
+
+def make_console() -> Console:
+    """
+    A console that takes nothing for markup.
+
+    Cells and lines must be `rich.text.Text` or `plain` strings: server text in square brackets stays what it is.
+    """
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not on_screen():
+        console = Console(markup=False, highlight=False, emoji=False, width=_columns() or PIPE_WIDTH)
+    return console
+
+
+def _columns() -> int | None:
+    text = os.environ.get("COLUMNS", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def on_screen() -> bool:
+    """Whether a person's terminal shows what we print, so that a view can be drawn over itself."""
+    # rich's own answer can be forced by FORCE_COLOR, which says nothing about being able to go up a line.
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+
+def make_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table in the one look of this command line; columns named in *right* have numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        # Numbers and names are of no use in part; only words wrap.
+        table.add_column(
+            Text(column), justify="right" if column in right else "left", no_wrap=column in right, overflow="fold"
+        )
+    return table

@@ -1,0 +1,112 @@
+"""``gpupool-sync serve``: the statistics server of one host."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    help="Address to listen on; 0.0.0.0 lets other machines in.  [default: 127.0.0.1, or HOST]",
+)
+@click.option("--port", metavar="NUMBER", help="TCP port; 0 takes any that is free.  [default: 8000, or PORT]")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    help="Time between two looks at the GPUs, in seconds.  [default: 1, or REFRESH_INTERVAL]",
+)
+@click.option(
+    "--log-level",
+    metavar="LEVEL",
+    help="debug, info, warning, error or critical.  [default: info, or LOG_LEVEL]",
+)
+@click.option(
+    "--simulate",
+    metavar="N[xMODEL]",
+    help="Serve GPUs that do not exist: 8, 4xA100, or 4xA100,2xH100.  [default: this machine's own]",
+)
+@click.option(
+    "--simulate-lag",
+    type=click.FloatRange(min=0, max=86400),
+    default=0.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="Readings of simulated GPUs are so many seconds old.",
+)
+@click.option(
+    "--simulate-foreign",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    metavar="PROBABILITY",
+    show_default=True,
+    help="Chance, 0 to 1, that somebody outside uses a simulated GPU; it changes every minute.",
+)
+@click.option(
+    "--simulate-noise",
+    type=click.FloatRange(min=0, max=100),
+    default=0.0,
+    metavar="PERCENT",
+    show_default=True,
+    help="Readings of simulated GPUs wander by so many percent points.",
+)
+@click.option("--seed", type=int, default=0, metavar="NUMBER", show_default=True, help="Of all that is simulated.")
+@click.option(
+    "--name",
+    metavar="TEXT",
+    help="Name of the simulated host; its GPUs' UUIDs follow from it.  [default: this machine's name]",
+)
+@click.pass_context
+def serve(
+    context: click.Context,
+    host: str | None,
+    port: str | None,
+    interval: str | None,
+    log_level: str | None,
+    simulate: str | None,
+    simulate_lag: float,
+    simulate_foreign: float,
+    simulate_noise: float,
+    seed: int,
+    name: str | None,
+) -> None:
+    """
+    Serve this host's GPU statistics by HTTP, until interrupted.
+
+    Pools read them: export GPU_SERVICE_ENDPOINTS=http://HOST:PORT
+    """
+    _only_with_simulate(context, simulate)
+    # Imported here: the other commands do without it.
+    from gpupool_sync.server import require_extra
+
+    require_extra("server", "fastapi", "uvicorn")
+
+    from gpupool_sync import devices
+    from gpupool_sync.server import run
+
+    options = run.Options.resolve(host=host, port=port, interval=interval, log_level=log_level)
+    reader: devices.Reader
+    if simulate is None:
+        reader = devices.open_reader()
+    else:
+        from gpupool_sync.devices.simulated import SimulatedReader, parse_cards
+
+        reader = SimulatedReader(
+            parse_cards(simulate),
+            name=name or devices.host_identity().name,
+            foreign=simulate_foreign,
+            noise=simulate_noise,
+            lag=simulate_lag,
+            seed=seed,
+        )
+    run.serve(reader, options, announce=click.echo)
+
+
+def _only_with_simulate(context: click.Context, simulate: str | None) -> None:
+    """A forgotten --simulate would otherwise serve the real GPUs and say nothing."""
+    if simulate is not None:
+        return
+    for option in ("simulate_lag", "simulate_foreign", "simulate_noise", "seed", "name"):
+        if context.get_parameter_source(option) not in (click.core.ParameterSource.DEFAULT, None):
+            raise click.UsageError(f"--{option.replace('_', '-')} is only possible together with --simulate")

@@ -1,0 +1,206 @@
+"""``gpupool-sync status``: the servers, their cards, and who holds them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from gpupool_sync.cli._common import (
+    SCOPES,
+    client_options,
+    looking_pool,
+    make_console,
+    make_table,
+    milliseconds,
+    on_screen,
+    plain,
+    plural,
+    print_json,
+    seconds,
+)
+from gpupool_sync.status import CardStatus, EndpointStatus, Status
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from gpupool_sync.pool import GPUPool
+
+
+@click.command()
+@client_options
+@click.option(
+    "--watch",
+    is_flag=False,
+    flag_value=2.0,
+    type=click.FloatRange(min=0.1, max=86400),
+    metavar="[SECONDS]",
+    help="Read all servers again every so many seconds (2 if no number is given), until Ctrl-C.  [default: once]",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --watch: stop after so many readings.  [default: go on until Ctrl-C]",
+)
+def status(endpoints: str | None, timeout: float | None, as_json: bool, watch: float | None, count: int | None) -> int:
+    """
+    Show the servers, their GPUs, and who holds them.
+
+    A GPU counts as free if a whole one would be granted now, as far as this command can see; the last lines say how far
+    that is.
+    """
+    if as_json and watch is not None:
+        raise click.UsageError("--json prints one value; leave --watch out")
+    if count is not None and watch is None:
+        raise click.UsageError("--count counts the readings of --watch; give both")
+    with looking_pool(endpoints, timeout) as pool:
+        if as_json:
+            print_json(pool.status())
+        elif watch is None:
+            make_console().print(render(pool.status()))
+        else:
+            try:
+                _watch(pool, watch, count)
+            except KeyboardInterrupt:
+                return 0  # the way to end it
+    return 0
+
+
+def _watch(pool: GPUPool, interval: float, count: int | None) -> None:
+    if not on_screen():
+        for state in _readings(pool, interval, count):
+            click.echo(summary(state))
+        return
+    from rich.live import Live
+
+    with Live(console=make_console(), auto_refresh=False, screen=False, vertical_overflow="crop") as live:
+        for state in _readings(pool, interval, count):
+            live.update(render(state), refresh=True)
+
+
+def _readings(pool: GPUPool, interval: float, count: int | None) -> Iterator[Status]:
+    never = threading.Event()
+    number = 0
+    while True:
+        begin = time.monotonic()
+        yield pool.status()
+        number += 1
+        if count is not None and number >= count:
+            return
+        never.wait(max(0.0, begin + interval - time.monotonic()))
+        # One hung server must not stop the view: its row says how old it is.
+        pool.refresh(timeout=max(interval, 1.0))
+
+
+def summary(state: Status) -> str:
+    """One line."""
+    at = state.taken_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    line = f"{at} {_totals(state)}"
+    for each in state.endpoints:
+        assert isinstance(each, EndpointStatus)
+        if not each.is_healthy:
+            line += f"; {plain(each.endpoint_id)}: {plain(each.last_error or 'no answer yet')}"
+    return line
+
+
+def _totals(state: Status) -> str:
+    return (
+        f"{state.available_gpus} of {plural(state.total_gpus, 'GPU')} free, "
+        f"{state.healthy_endpoints} of {plural(state.total_endpoints, 'server')} healthy"
+    )
+
+
+def render(state: Status) -> RenderableType:
+    """Two tables and what is to be said about them."""
+    from rich.console import Group
+    from rich.text import Text
+
+    servers = make_table(
+        "Endpoint", "URL", "State", "Breaker", "Free", "Response", "Age", "Leases by", right=("Free", "Response", "Age")
+    )
+    notes: list[Text] = []
+    endpoints = [each for each in state.endpoints if isinstance(each, EndpointStatus)]
+    for each in endpoints:
+        servers.add_row(
+            Text(plain(each.endpoint_id), style="bold"),
+            Text(plain(each.url)),
+            _state(each),
+            Text(each.breaker, style="" if each.breaker == "closed" else "red"),
+            Text(f"{each.available_gpus}/{each.total_gpus}"),
+            Text(milliseconds(each.response_time_ms)),
+            Text("–" if each.age is None else seconds(each.age)),
+            Text(f"{plain(each.arbiter)} ({plain(each.scope)})"),
+        )
+        if each.last_error:
+            notes.append(Text(f"{plain(each.endpoint_id)}: {plain(each.last_error)}", style="red"))
+        notes += [Text(f"{plain(each.endpoint_id)}: {plain(problem)}", style="yellow") for problem in each.problems]
+    parts: list[RenderableType] = [servers, Text("")]
+    if state.gpus:
+        cards = make_table("GPU", "Model", "Memory", "Load", "Temp", "Holder", right=("Memory", "Load", "Temp"))
+        for card in state.gpus:
+            cards.add_row(
+                Text(plain(card.global_gpu_id), style="bold"),
+                Text(plain(card.name)),
+                Text(_memory(card)),
+                Text(_percent(card.utilization_percent)),
+                Text("–" if card.temperature_c is None else f"{card.temperature_c:.0f} °C"),
+                _holder(card),
+            )
+        parts += [cards, Text("")]
+    parts += notes
+    parts.append(Text(_totals(state), style="bold"))
+    parts += [Text(line, style="dim") for line in scope_notes({each.scope for each in endpoints})]
+    return Group(*parts)
+
+
+def scope_notes(scopes: set[str]) -> list[str]:
+    """How far the leases that are shown reach."""
+    if "process" in scopes:
+        return [
+            f"Leases hold {SCOPES['process']}: this command does not see those of other processes, "
+            "so a GPU that is free here may be held there."
+        ]
+    return [f"Leases of scope {scope} hold {SCOPES[scope]}." for scope in sorted(scopes) if scope in SCOPES]
+
+
+def _state(each: EndpointStatus) -> Text:
+    from rich.text import Text
+
+    if not each.is_healthy:
+        return Text("down" if each.breaker != "closed" else "no answer", style="bold red")
+    if each.stale:
+        return Text("stale", style="yellow")
+    if each.draining:
+        return Text("draining", style="yellow")
+    return Text("healthy", style="green")
+
+
+def _holder(card: CardStatus) -> Text:
+    from rich.text import Text
+
+    if card.holders:
+        text = ", ".join(card.holders)
+        if card.held_for is not None:
+            text += f", for {seconds(card.held_for)}"
+        if card.note:
+            text += f": {card.note}"
+        return Text(plain(text), style="cyan")
+    if card.is_available:
+        return Text("free", style="green")
+    return Text(plain(card.why_not or "not available"), style="yellow")
+
+
+def _memory(card: CardStatus) -> str:
+    """GiB where the server tells them, else percent."""
+    if card.memory_used_mb is not None and card.memory_total_mb is not None:
+        return f"{card.memory_used_mb / 1024:.1f} / {card.memory_total_mb / 1024:.1f} GiB"
+    return _percent(card.memory_usage_percent)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f} %"

@@ -1,0 +1,47 @@
+"""The front of the server: prepared answers go out without any framework, all else goes to FastAPI.
+
+FastAPI takes longer to import than everything else together, and per request several times what sending prepared
+bytes takes.  So it is made when somebody first asks for what only it has: the documentation, or a path that does not
+exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from gpupool_sync.server.pages import Answer, Pages
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Front:
+    """The ASGI application that is served.  *rest* makes the application for all that is not in *pages*."""
+
+    def __init__(self, pages: Pages, rest: Callable[[], App]) -> None:
+        self._pages = pages
+        self._make_rest = rest
+        self._rest: asyncio.Task[App] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+            answer = self._pages.answer(scope["path"], scope["headers"])
+            if answer is not None:
+                await send_answer(send, answer, head=scope["method"] == "HEAD")
+                return
+        if self._rest is None or (self._rest.done() and self._rest.exception() is not None):
+            # On a thread: meanwhile the pages go out.
+            self._rest = asyncio.ensure_future(asyncio.to_thread(self._make_rest))
+        # Shielded: a client that goes away must not take it from the others.
+        app = await asyncio.shield(self._rest)
+        await app(scope, receive, send)
+
+
+async def send_answer(send: Send, answer: Answer, *, head: bool = False) -> None:
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    await send({"type": "http.response.body", "body": b"" if head else answer.body})

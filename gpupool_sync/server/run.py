@@ -1,0 +1,270 @@
+"""Runs the server: its settings, its socket, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from gpupool_sync.devices import Reader
+from gpupool_sync.errors import ConfigError, GPUPoolError
+from gpupool_sync.server import require_extra
+from gpupool_sync.server.asgi import App, Front
+from gpupool_sync.server.pages import Pages
+from gpupool_sync.server.sampler import Sampler
+
+if TYPE_CHECKING:
+    import uvicorn
+
+logger = logging.getLogger(__name__)
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+#: Seconds that an idle connection is kept. Longer than pools let pass between two polls by default: a server that
+#: closes first makes a client's next request fail.
+KEEP_ALIVE = 75
+#: Seconds that requests under way get to end when the server stops.
+GRACE = 1
+#: Seconds that the announcement waits for the first readings.
+FIRST_SAMPLE = 3.0
+
+_LOOPBACK = "127.0.0.1"
+
+
+@attrs.frozen
+class Options:
+    """How the server runs; `resolve` fills in what is not given."""
+
+    host: str = _LOOPBACK
+    port: int = 8000  # 0: any that is free
+    interval: float = 1.0  # seconds between two looks at the cards
+    log_level: str = "info"
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        host: str | None = None,
+        port: int | str | None = None,
+        interval: float | str | None = None,
+        log_level: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Options:
+        """
+        What is given, else the predecessor's variables HOST, PORT, REFRESH_INTERVAL and LOG_LEVEL, else the default.
+
+        Raises:
+            ConfigError: a value cannot be used.
+        """
+        environ = os.environ if environ is None else environ
+
+        def pick(given: object, option: str, variable: str) -> tuple[Any, str] | None:
+            if given is not None:
+                return given, f"--{option}"
+            text = environ.get(variable, "").strip()
+            return (text, variable) if text else None
+
+        default = cls()
+        picked_host = pick(host, "host", "HOST")
+        if picked_host is not None and picked_host[1] == "HOST" and picked_host[0] == socket.gethostname():
+            # csh exports the machine's name in HOST for everybody; that is no wish to be reached from outside.
+            logger.info("HOST=%s is this machine's name and not taken as the address to listen on", picked_host[0])
+            picked_host = None
+        picked_port = pick(port, "port", "PORT")
+        picked_interval = pick(interval, "interval", "REFRESH_INTERVAL")
+        picked_level = pick(log_level, "log-level", "LOG_LEVEL")
+        return cls(
+            host=str(picked_host[0]) if picked_host else default.host,
+            port=_port(*picked_port) if picked_port else default.port,
+            interval=_interval(*picked_interval) if picked_interval else default.interval,
+            log_level=_log_level(*picked_level) if picked_level else default.log_level,
+        )
+
+
+def _port(value: object, origin: str) -> int:
+    try:
+        port = int(str(value))
+    except ValueError:
+        port = -1
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{origin}={value!r}: a port number from 0 to 65535 is allowed, 0 for any that is free")
+    return port
+
+
+def _interval(value: object, origin: str) -> float:
+    try:
+        interval = float(str(value))
+    except ValueError:
+        interval = math.nan
+    if not 0.01 <= interval <= 3600.0:
+        raise ConfigError(f"{origin}={value!r}: a number of seconds from 0.01 to 3600 is allowed")
+    return interval
+
+
+def _log_level(value: object, origin: str) -> str:
+    level = str(value).lower()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"{origin}={value!r}: {', '.join(LOG_LEVELS)} are allowed")
+    return level
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """
+    Sockets that listen on every address of *host*, all with the same port.
+
+    Raises:
+        GPUPoolError: the port is in use, or there is no such address here.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as exc:
+        raise GPUPoolError(f"cannot listen on {host!r}: {exc}") from exc
+    sockets: list[socket.socket] = []
+    problem: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # Else "::" would also take the IPv4 address that "0.0.0.0" of the same name stands for.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if port == 0 and sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+            sock.listen(2048)
+        except OSError as exc:
+            sock.close()
+            # A name may stand for addresses that this machine lacks, such as ::1.
+            if exc.errno == errno.EADDRINUSE or problem is None:
+                problem = exc
+            if exc.errno == errno.EADDRINUSE:
+                break
+        else:
+            sockets.append(sock)
+    if problem is not None and (not sockets or problem.errno == errno.EADDRINUSE):
+        for sock in sockets:
+            sock.close()
+        hint = "; another port can be chosen with --port" if problem.errno == errno.EADDRINUSE else ""
+        raise GPUPoolError(f"cannot listen on {url_of(host, port)}: {os.strerror(problem.errno or 0)}{hint}")
+    return sockets
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL by which a client on the network, or here, reaches a server on *host*."""
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_front(sampler: Sampler, config: Mapping[str, Any]) -> Front:
+    """The application that is served."""
+    pages = Pages(sampler, config)
+
+    def rest() -> App:
+        from gpupool_sync.server.app import create_app
+
+        return create_app(sampler, pages)
+
+    return Front(pages, rest)
+
+
+def make_server(app: App, *, access_log: bool = False) -> uvicorn.Server:
+    """uvicorn, set up for many small answers over few connections."""
+    require_extra("server", "fastapi", "uvicorn")
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=access_log,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """
+    SIGINT and SIGTERM end the server and then mean nothing.
+
+    uvicorn stops at them too, but raises them again afterwards, so that the process would die of them instead of
+    ending with status 0.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(reader: Reader, options: Options, announce: Callable[[str], object] = print) -> None:
+    """
+    Serve what *reader* reads until SIGINT or SIGTERM; closes the reader.
+
+    *announce* gets a line when the server can be reached.
+
+    Raises:
+        MissingExtra: FastAPI or uvicorn is not installed.
+        GPUPoolError: it cannot listen where it should.
+    """
+    require_extra("server", "fastapi", "uvicorn")
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    # uvicorn tells at "info" what is announced here already.
+    logging.getLogger("uvicorn").setLevel(logging.DEBUG if options.log_level == "debug" else logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    sampler = Sampler(reader, interval=options.interval)
+    sockets: list[socket.socket] = []
+    try:
+        sockets = listen(options.host, options.port)
+        port = int(sockets[0].getsockname()[1])
+        config = {"host": options.host, "port": port, "log_level": options.log_level}
+        server = make_server(make_front(sampler, config), access_log=options.log_level == "debug")
+        with _stopped_by_signals(server):
+            sampler.start()
+            sampler.wait_for_first(FIRST_SAMPLE)
+            # They listen already: whoever connects from now on is served.
+            announce(_announcement(options.host, port, sampler))
+            if not server.should_exit:
+                server.run(sockets=sockets)
+    finally:
+        for sock in sockets:
+            sock.close()
+        sampler.stop()
+
+
+def _announcement(host: str, port: int, sampler: Sampler) -> str:
+    url = url_of(host, port)
+    published = sampler.published
+    if published.sample is None:
+        cards = f"no readings yet: {published.error}"
+    else:
+        count = len(published.sample.gpus)
+        cards = f"{count} GPU{'' if count == 1 else 's'}, {sampler.reader.description}"
+        if published.sample.faults:
+            cards += f"; {len(published.sample.faults)} cannot be read"
+    return f"serving {url} ({cards}); for clients: export GPU_SERVICE_ENDPOINTS={url}"
