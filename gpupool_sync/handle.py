@@ -265,8 +265,12 @@ class _Handle:
 
         self.check()
         self._require_local(command)
+        grant = self._tie.grant
+        if grant.store is not None and (descriptors := grant.store.descriptors(grant.id)):
+            # The kernel keeps the lease while the command has these, also if this process is killed.
+            kwargs["pass_fds"] = (*kwargs.get("pass_fds", ()), *descriptors)
         process = subprocess.Popen(list(command), env=self._masked(kwargs), **kwargs)
-        self._tie.grant.children.append(process)
+        grant.children.append(process)
         return process
 
     def _masked(self, kwargs: dict[str, Any]) -> dict[str, str]:

@@ -226,7 +226,8 @@ class GPUPool:
         endpoints: URLs or `Endpoint` objects, or one comma-separated string; default `GPU_SERVICE_ENDPOINTS`, else
             this machine's own GPUs.
         strategy: ``"availability"`` (default), ``"round_robin"``, ``"weighted"`` or an object with `order`.
-        lease_store: who arbitrates; ``"memory:"`` (this process only) or a `LeaseStore`.
+        lease_store: who arbitrates; ``"host:"`` (default: kernel locks, among all processes and users of this
+            machine), ``"host:/directory"``, ``"memory:"`` (this process only) or a `LeaseStore`.
         memory_threshold: percent; at or above it a reading vetoes its GPU (default 80).
         utilization_threshold: percent; likewise (default 90).
         poll_interval: seconds between polls of an endpoint (default 5).
@@ -398,23 +399,43 @@ class GPUPool:
         asked = self._settings.lease_store
         if asked is not None and not isinstance(asked, str):
             return asked  # type: ignore[no-any-return]
-        from gpupool_sync.leases.memory import shared_store
-
         if asked is None:
-            warnings.warn(
-                "leases exclude only within this process so far; pass lease_store='memory:' to say that this is meant",
-                ExclusivityWarning,
-                stacklevel=_user_stacklevel(),
-            )
-            return shared_store()
+            return self._default_store()
         kind, _, directory = asked.partition(":")
         if kind == "memory":
+            from gpupool_sync.leases.memory import shared_store
+
             return shared_store()
         if kind == "host":
             from gpupool_sync.leases.host import host_store
 
             return host_store(directory or None)
         raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' and 'host:' only")
+
+    def _default_store(self) -> LeaseStore:
+        """The kernel locks of this host; a warning where that is less than one may think."""
+        remote = [each.id for each in self._endpoint_configs if not each.is_loopback and each.local is not True]
+        try:
+            from gpupool_sync.leases.host import host_store
+        except ConfigError:  # no such locks on this platform
+            from gpupool_sync.leases.memory import shared_store
+
+            warnings.warn(
+                "this platform has no file locks for all its users, so leases exclude only within this process; "
+                "lease_store='memory:' says that this is meant",
+                ExclusivityWarning,
+                stacklevel=_user_stacklevel(),
+            )
+            return shared_store()
+        if remote:
+            warnings.warn(
+                f"leases on {', '.join(remote[:5])}{' …' if len(remote) > 5 else ''} exclude among the processes and "
+                "users of this machine, not those of other machines that use the same servers; lease_store='host:' "
+                "says that this is meant",
+                ExclusivityWarning,
+                stacklevel=_user_stacklevel(),
+            )
+        return host_store()
 
     def close(self, timeout: float = 5.0) -> None:
         """

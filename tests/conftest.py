@@ -36,6 +36,12 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _locks_of_our_own(_no_settings_from_outside, monkeypatch, tmp_path_factory) -> None:
+    """The lock directory of the machine belongs to its users."""
+    monkeypatch.setenv("GPU_POOL_LOCK_DIR", str(tmp_path_factory.getbasetemp() / "locks"))
+
+
+@pytest.fixture(autouse=True)
 def _no_threads_left_behind() -> Iterator[None]:
     before = set(threading.enumerate())
     yield

@@ -24,6 +24,7 @@ from gpupool_sync import (
     NoSuchGPU,
     PoolClosed,
     TooManyWaiting,
+    devices,
 )
 from gpupool_sync.errors import GPUPoolError
 from gpupool_sync.leases.memory import MemoryStore
@@ -546,19 +547,26 @@ def test_concurrent_refreshes_are_coalesced(monkeypatch):
         assert cards.reads <= 3  # the first one, and at most two for all the refreshes
 
 
-def test_the_default_store_warns_about_its_scope(monkeypatch, cards):
+def test_the_default_arbiter_is_the_host(monkeypatch, cards):
+    """This machine's own cards are guarded among all its processes and users, without any set-up or warning."""
+    monkeypatch.setattr(devices, "open_reader", lambda: cards)
+    with GPUPool() as pool, pool.gpu() as gpu:
+        assert gpu.scope == "host"
+        assert pool.status().endpoints[0].arbiter == f"host:{os.environ['GPU_POOL_LOCK_DIR']}"
+
+
+def test_remote_cards_guarded_on_this_machine_only_warn():
     """Leases that exclude less than one may think say so, once, at the caller's line."""
-    pool = local_pool(monkeypatch, cards, lease_store=None)
-    # local_pool's own default is a store of its own; None means: not given.
-    pool = GPUPool(poll_interval=0.05)
-    with pytest.warns(ExclusivityWarning, match="only within this process") as caught:
-        pool.open()
-    pool.close()
+    # Only the choice of the arbiter: tests talk to nobody but loopback.
+    pool = GPUPool("http://gpu1:8000,http://127.0.0.1:9")
+    with pytest.warns(ExclusivityWarning, match="gpu1-8000 exclude among the processes") as caught:
+        pool._make_store()
     assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with GPUPool(lease_store="memory:"):
-            pass
+    assert "127.0.0.1" not in str(caught[0].message)
+    for meant in ("host:", "memory:"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GPUPool("http://gpu1:8000", lease_store=meant)._make_store()
 
 
 def test_errors_of_reading_are_told(monkeypatch, cards):

@@ -154,9 +154,9 @@ def test_a_card_that_becomes_busy_is_left_alone(pool, fleet):
 
 def test_connections_are_reused(fleet):
     """A hundred polls use one TCP connection, and acquires cause no requests of their own."""
+    before = fleet[0].connection_count()
+    polled = fleet[0].request_count()
     with make_pool([fleet[0]], poll_interval=0.01) as pool:
-        before = fleet[0].connection_count()
-        polled = fleet[0].request_count()
         pool.acquire().release()
         eventually(lambda: fleet[0].request_count() - polled >= 100, timeout=30, message="100 polls")
         assert fleet[0].connection_count() - before == 1

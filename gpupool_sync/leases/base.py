@@ -214,6 +214,9 @@ class LeaseStore(Protocol):
     def released_at(self, key: str) -> float | None:
         """`clock.boottime` of the card's last release as far as is known here, without I/O; None if never."""
 
+    def descriptors(self, lease_id: str) -> Sequence[int]:
+        """File descriptors that keep the lease as long as any process has them open; a child may inherit them."""
+
     def leases(self) -> Sequence[LeaseInfo]:
         """Every lease that the arbiter knows."""
 

@@ -856,6 +856,9 @@ class HostStore:
         def unsubscribe() -> None:
             with self._lock:
                 self._hints = tuple(other for other in self._hints if other is not hint)
+                last = not self._hints
+            if last:
+                self.close()  # comes back by itself when somebody waits again
 
         return unsubscribe
 
@@ -909,6 +912,11 @@ class HostStore:
         except (KeyError, TypeError, ValueError):
             return None  # garbled: a record informs, it does not decide
 
+    def descriptors(self, lease_id: str) -> Sequence[int]:
+        with self._lock:
+            held = self._held.get(lease_id)
+            return () if held is None else tuple(file.fd for file in held.files)
+
     def leases(self) -> Sequence[LeaseInfo]:
         found: list[LeaseInfo] = []
         for name in sorted(os.listdir(self._directory.fd)):
@@ -944,7 +952,12 @@ class HostStore:
 
     def forget_after_fork(self) -> None:
         """The parent's leases are not ours. Their descriptors stay open: we may compute on those cards."""
-        _inherited.append((self._held, self._tickets, self._socket))
+        _inherited.append(self._held)
+        # Tickets count as alive while their socket accepts; ours would keep the parent's alive after its death.
+        for ticket in self._tickets.values():
+            ticket.file.close()
+        if self._socket is not None:
+            self._socket.close()
         self._fresh_state()
 
     def close(self) -> None:

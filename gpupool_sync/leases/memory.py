@@ -244,6 +244,9 @@ class MemoryStore:
     def released_at(self, key: str) -> float | None:
         return self._released_at.get(key)
 
+    def descriptors(self, lease_id: str) -> Sequence[int]:
+        return ()
+
     def leases(self) -> Sequence[LeaseInfo]:
         with self._lock:
             leases = list(self._leases.values())
