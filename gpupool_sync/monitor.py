@@ -24,8 +24,9 @@ from gpupool_sync.models import Snapshot
 
 logger = logging.getLogger(__name__)
 
-#: Polls of answering endpoints that run at the same time; more only makes threads fight for the interpreter.
-FAST_LANE = 32
+#: Polls of answering endpoints that run at the same time. Measured with 1000 endpoints at 20 ms: 64 take 0.66 to 0.85
+#: of the time of 32 for the same processor time.
+FAST_LANE = 64
 #: Probes of sick endpoints that run at the same time.
 SICK_LANE = 4
 #: A poll that takes longer than this many seconds leaves its lane's count, so that it cannot starve the others.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import logging
 import os
 import sys
@@ -393,7 +394,9 @@ class GPUPool:
         return engine
 
     def _thread_name(self) -> str:
-        return f"gpupool-{self._settings.name}" if self._settings.name else "gpupool"
+        # Numbered: a monitor knows its workers by their names, and pools may share theirs.
+        name = self._settings.name
+        return f"gpupool-{f'{name}-' if name else ''}{next(_numbers)}"
 
     def _make_store(self) -> LeaseStore:
         asked = self._settings.lease_store
@@ -1448,6 +1451,7 @@ def _rebuild(
 # -- all pools of this process ---------------------------------------------------------------------------------
 
 _pools: weakref.WeakSet[GPUPool] = weakref.WeakSet()
+_numbers = itertools.count(1)
 _exit_hook_registered = False
 
 

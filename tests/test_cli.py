@@ -214,19 +214,19 @@ def test_status_shows_servers_and_cards(server, capsys):
     with servers.refusing() as dead:
         status, out, err = run(capsys, "status", "--endpoints", f"one={server.url},dead={dead}", "--timeout", "5")
     assert (status, err) == (0, "")
-    assert re.search(rf"one +{server.url} +healthy +closed +2/2 +[\d.]+ ms +[\d.]+ s +memory: \(process\)", out)
+    assert re.search(rf"one +{server.url} +healthy +closed +2/2 +[\d.]+ ms +[\d.]+ s +host:\S+ \(host\)", out)
     assert re.search(r"dead +\S+ +no answer", out)
     assert re.search(r"one:1 +NVIDIA A100-SXM4-80GB +1\.0 / 80\.0 GiB +3 % +41 °C +free", out)
     assert "2 of 2 GPUs free, 1 of 2 servers healthy" in out
     assert "dead: " in out
-    assert "other processes" in out  # how far the leases reach
+    assert "all processes and users of this machine" in out  # how far the leases reach
     assert "\x1b" not in out
 
 
 def test_status_names_the_holder(server, capsys):
-    """A GPU that this process holds is shown with its holder and note."""
+    """A GPU that a pool of this machine holds is shown with its holder and note."""
     with (
-        GPUPool(f"one={server.url}", lease_store="memory:", name="night run") as pool,
+        GPUPool(f"one={server.url}", name="night run") as pool,
         pool.gpu(timeout=10, note="epoch [bold]7[/bold]") as gpu,
     ):
         status, out, _ = run(capsys, "status", "--endpoints", f"one={server.url}")
@@ -332,7 +332,7 @@ def test_watch_draws_on_a_terminal_until_ctrl_c(server):
 def test_why_says_what_speaks_against_each_card(server, capsys):
     """Each GPU has a verdict; that nothing is free is an answer, not a failure."""
     with (
-        GPUPool(f"one={server.url}", lease_store="memory:", name="somebody") as pool,
+        GPUPool(f"one={server.url}", name="somebody") as pool,
         pool.gpu(timeout=10, uuid="GPU-aaaaaa-0"),
     ):
         status, out, _ = run(capsys, "why", "--endpoints", f"one={server.url}")
@@ -398,8 +398,8 @@ def test_doctor_finds_nothing_wrong_with_a_healthy_server(server, capsys):
     assert report["gpus"] == report["with_uuid"] == 2
     assert report["host_name"] == "name-of-sim-one"
     assert report["is_this_machine"] is False
-    assert report["arbiter"] == "memory:"
-    assert report["scope"] == "process"
+    assert report["arbiter"] == f"host:{os.environ['GPU_POOL_LOCK_DIR']}"
+    assert report["scope"] == "host"
     assert report["round_trip_ms"] > 0
     assert isinstance(report["age"], float)
 

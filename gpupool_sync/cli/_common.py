@@ -30,7 +30,7 @@ PIPE_WIDTH = 240
 #: What an arbiter's scope means to a reader.
 SCOPES = {
     "process": "among the threads of one process",
-    "host": "among the users of one machine",
+    "host": "among all processes and users of this machine",
     "everybody": "among everybody who can reach the GPU",
 }
 
@@ -96,15 +96,20 @@ def _without_secrets(ctx: click.Context, param: click.Parameter, value: str | No
 
 @contextlib.contextmanager
 def looking_pool(endpoints: str | None, timeout: float | None) -> Iterator[GPUPool]:
-    """An open pool whose servers have all answered or failed once; it grants nothing, so it needs no arbiter."""
+    """An open pool whose servers have all answered or failed once; it sees the leases that its arbiter knows."""
+    from gpupool_sync.errors import ExclusivityWarning
     from gpupool_sync.pool import GPUPool
 
     with quiet_log():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            pool = GPUPool(endpoints, lease_store="memory:", endpoint_timeout=timeout)
+            pool = GPUPool(endpoints, endpoint_timeout=timeout)
         for warning in caught:
             click.echo(f"Warning: {plain(warning.message)}", err=True)
+        with warnings.catch_warnings():
+            # Nothing is leased here; how far leases reach is part of what the commands say.
+            warnings.simplefilter("ignore", ExclusivityWarning)
+            pool.open()
         with pool:
             pool.open(wait=True)
             yield pool

@@ -245,6 +245,17 @@ def _arbiters(settings: Settings, findings: list[Finding]) -> dict[str, tuple[st
                 "run the jobs as threads of one process, or see to it that two programs do not use the same servers",
             )
         )
+    remote = [each.id for each in settings.endpoints if not each.is_loopback and each.local is not True]
+    if remote and any(scope == "host" for _, scope in found.values()):
+        findings.append(
+            Finding(
+                "note",
+                "configuration",
+                f"leases on {', '.join(remote)} hold {SCOPES['host']}: other client machines that use the same servers "
+                "are not excluded",
+                "let one machine use these servers, or see to it that two do not at the same time",
+            )
+        )
     return found
 
 

@@ -354,6 +354,7 @@ class HostStore:
                 self._held[claim.id] = granted
                 for key in granted.lease.cards:
                     self._mine[key] = claim.id
+                    self._records.pop(key, None)  # what was read before is over
         if late:
             self._free(granted)
             raise LeaseLost("this lease was released while it was being granted")

@@ -1,0 +1,1 @@
+"""gpupool_sync beside its peers, measured alternately on one machine: ``python -m benchmarks --help``."""
