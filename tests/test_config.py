@@ -777,6 +777,7 @@ def table():
     ]
 
 
+@pytest.mark.checkout
 def test_the_documentation_has_the_table():
     """What docs/configuration.md says of each setting is what the code does."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -785,6 +786,7 @@ def test_the_documentation_has_the_table():
     assert rows == table(), "the rows should be:\n" + "\n".join(table())
 
 
+@pytest.mark.checkout
 def test_the_documentation_has_every_option_of_an_endpoint():
     """Each argument of Endpoint is explained."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
