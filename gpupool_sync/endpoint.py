@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 KEPT_RESPONSES = 100
 #: A reintroduced endpoint starts with this share of the decisions it would get.
 FIRST_SHARE = 0.1
+#: Seconds between the first polls of an endpoint that has never answered; doubles up to the poll interval.
+FIRST_PAUSE = 0.125
 #: pybreaker would end the open period by the wall clock, which steps; the monitor ends it by the monotonic one.
 _NEVER = 100 * 365 * 86400.0
 
@@ -62,9 +64,11 @@ class HTTPSource:
             kind = TooManyRequests if answer.status == 429 else EndpointUnavailable
             asked = f" and asks to be left alone for {wait:g} s" if wait is not None else ""
             raise kind(self._id, f"answered with status {answer.status}{asked}", wait)
-        arrived = boottime()
+        # The age is that of the moment when the server answered, which was after we asked: an answer that was long
+        # on its way must not look fresher than it is.
+        begin = boottime() - answer.elapsed
         age, problem = _sample_age(answer.headers.get(wire.AGE_HEADER))
-        sample = wire.parse_summary(answer.body, endpoint_id=self._id, taken_at=arrived - age)
+        sample = wire.parse_summary(answer.body, endpoint_id=self._id, taken_at=begin - age)
         return attrs.evolve(sample, problems=(*sample.problems, problem)) if problem else sample
 
     def abort(self) -> None:
@@ -78,7 +82,7 @@ class HTTPSource:
 
 
 def _sample_age(text: str | None) -> tuple[float, str | None]:
-    """Seconds since the server took the sample; without the header, as old as its way here."""
+    """Seconds between the sample and the answer; without the header 0, as nothing is known."""
     if text is None:
         return 0.0, None
     try:
@@ -318,6 +322,10 @@ class PolledEndpoint:
         server asked for (`Retry-After`, capped by the transport) moves the poll further away.
         """
         pause = self._poll_interval
+        numbers = self._numbers
+        if not numbers.successes and numbers.breaker == "closed":
+            # It has never answered: most likely it is just starting, and somebody waits for it.
+            pause = min(pause, FIRST_PAUSE * 2.0 ** min(numbers.failures, 30))
         if self.open:
             pause = min(self._longest_pause, self._poll_interval * 2.0 ** min(self._opened, 30))
             # Down to three quarters, never up: the health check interval is a promise.

@@ -35,7 +35,13 @@ class NoSuchGPU(GPUPoolError):
 
 
 class AcquireTimeout(GPUPoolError, TimeoutError):
-    """No suitable GPU became free within the caller's timeout; the message says why, card by card."""
+    """
+    No suitable GPU became free within the caller's timeout; the message says why, card by card.
+
+    `explanation` has the same as data (`gpupool_sync.status.Explanation`); None in a copy from another process.
+    """
+
+    explanation: object = None
 
 
 class LeaseLost(GPUPoolError):

@@ -34,11 +34,13 @@ class Grant:
         "cards",
         "children",
         "delivered",
+        "forgotten",
         "id",
         "lease",
         "lost",
         "note",
         "on_lost",
+        "owner",
         "pid",
         "place",
         "released",
@@ -57,6 +59,7 @@ class Grant:
         self.cards: tuple[Card, ...] = ()
         self.snapshot: Snapshot | None = None
         self.delivered = False  # the caller has the handle
+        self.forgotten = False  # the handle is gone, the lease is not
         self.released = False
         self.lost: str | None = None  # why the lease is gone though nobody released it
         self.place = ""  # file and line of the acquire, for warnings
@@ -65,6 +68,7 @@ class Grant:
         self.children: list[subprocess.Popen[Any]] = []
         self.on_lost: Callable[[Any], object] | None = None
         self.tie_ref: object = None
+        self.owner: Callable[[], object] = lambda: None  # weak reference to the pool
 
 
 class Tie:
@@ -74,6 +78,10 @@ class Tie:
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
+
+
+def _of_its_process(self: object) -> None:
+    raise TypeError("a GPU handle belongs to its process and cannot be pickled; pass the pool, or gpu.env()")
 
 
 class Owner(Protocol):
@@ -86,6 +94,7 @@ class _Handle:
     """What a GPU and several GPUs have in common."""
 
     __slots__ = ("_pool", "_tie")
+    __reduce__ = _of_its_process  # type: ignore[assignment]
 
     def __init__(self, pool: Owner, tie: Tie) -> None:
         self._pool = pool
@@ -185,8 +194,13 @@ class _Handle:
             visible: "uuid" (default) or "index", for programs that parse integers; also `GPU_POOL_VISIBLE`.
 
         Raises:
+            RemoteGPUError: the GPU is in another machine, where other cards have these numbers.
             ConfigError: *visible* or the variable is neither.
         """
+        self._require_local(_this_command())
+        return self._mask(visible)
+
+    def _mask(self, visible: str | None = None) -> dict[str, str]:
         visible = visible or os.environ.get("GPU_POOL_VISIBLE") or "uuid"
         if visible not in ("uuid", "index"):
             raise ConfigError(f"GPU_POOL_VISIBLE or visible={visible!r}: uuid or index is allowed")
@@ -204,7 +218,10 @@ class _Handle:
     def _require_local(self, command: Sequence[str]) -> None:
         if self.is_local:
             return
-        masked = " ".join(f"{name}={value}" for name, value in self.env().items() if name.startswith("CUDA"))
+        sample = self._snapshot.sample
+        if sample.host is not None and sample.host.simulated:
+            raise RemoteGPUError(f"{self._names()} is a simulated GPU: it can be leased, but nothing can compute on it")
+        masked = " ".join(f"{name}={value}" for name, value in self._mask().items() if name.startswith("CUDA"))
         raise RemoteGPUError(
             f"{self._names()} is in {self.host}, not in this machine, so this process cannot compute on it. "
             f"There it would be: ssh {shlex.quote(self.host)} env {masked} {shlex.join(command)}"
@@ -249,8 +266,7 @@ class _Handle:
         """
         import subprocess
 
-        self.check()
-        self._require_local(command)
+        self._check_command(command)
         return subprocess.run(list(command), env=self._masked(kwargs), **kwargs)  # noqa: PLW1510 - the caller's to choose
 
     def popen(self, command: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
@@ -263,8 +279,7 @@ class _Handle:
         """
         import subprocess
 
-        self.check()
-        self._require_local(command)
+        self._check_command(command)
         grant = self._tie.grant
         if grant.store is not None and (descriptors := grant.store.descriptors(grant.id)):
             # The kernel keeps the lease while the command has these, also if this process is killed.
@@ -272,6 +287,12 @@ class _Handle:
         process = subprocess.Popen(list(command), env=self._masked(kwargs), **kwargs)
         grant.children.append(process)
         return process
+
+    def _check_command(self, command: Sequence[str]) -> None:
+        if isinstance(command, str) or not command:
+            raise ConfigError(f"command={command!r}: a list is allowed, such as ['python', 'train.py']")
+        self.check()
+        self._require_local(command)
 
     def _masked(self, kwargs: dict[str, Any]) -> dict[str, str]:
         given: Mapping[str, str] | None = kwargs.pop("env", None)
@@ -333,6 +354,8 @@ class GPU(_Handle):
 
     def __repr__(self) -> str:
         state = "lost" if self.lost else "released" if self.released else "held"
+        if self._tie.grant.pid != os.getpid():
+            state += " by the parent process"
         return f"<GPU {self.global_gpu_id} ({self.name}), {state}>"
 
 
@@ -371,34 +394,57 @@ class GPUs(_Handle, Sequence[GPU]):
 _VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
 
+#: ``CUDA_ERROR_NOT_INITIALIZED`` of the CUDA driver API: nobody called ``cuInit`` in this process.
+_NOT_INITIALISED = 3
+
+
 def cuda_initialised() -> bool:
-    """Whether a library that is loaded here says that it has initialised CUDA. Imports nothing."""
+    """
+    Whether CUDA is initialised in this process, so that a mask would be ignored. Imports and initialises nothing.
+
+    Asks the driver's library, if some library has loaded it: ``cuCtxGetCurrent`` (CUDA driver API) answers
+    ``CUDA_ERROR_NOT_INITIALIZED`` until ``cuInit``.  PyTorch is asked too, for platforms that do not tell what is
+    loaded.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None:
-        initialised = getattr(getattr(torch, "cuda", None), "is_initialized", None)
-        if callable(initialised) and initialised():
-            return True
-    numba = sys.modules.get("numba.cuda.cudadrv.driver")
-    if numba is not None and getattr(getattr(numba, "driver", None), "is_initialized", False):
+    initialised = getattr(getattr(torch, "cuda", None), "is_initialized", None)
+    if callable(initialised) and initialised():
         return True
-    # These initialise CUDA when they list devices, which practically every import of theirs leads to.
-    return any(sys.modules.get(name) is not None for name in ("cupy", "jaxlib.cuda", "tensorflow"))
+    try:
+        with open("/proc/self/maps") as maps:
+            if not any("libcuda.so" in line for line in maps):
+                return False
+        import ctypes
+
+        context = ctypes.c_void_p()
+        return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _NOT_INITIALISED)
+    except (OSError, AttributeError):
+        return False
 
 
 def _position(card: Card, names: str) -> str:
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     uuid, index = card.reading.uuid, card.reading.local_gpu_id
+    # Only in this order does a number mean the card that NVML calls so; by default CUDA counts the fastest first.
+    numbers_hold = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     if mask is None:
-        if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or index == 0:
+        if numbers_hold:
             return f"cuda:{index}"
         raise GPUPoolError(
             f"CUDA counts devices in an order of its own here, so the number of {names} is unknown; call activate() "
             "before CUDA is initialised, or set CUDA_DEVICE_ORDER=PCI_BUS_ID"
         )
     for position, item in enumerate(part.strip() for part in mask.split(",")):
-        if item == str(index) or (uuid is not None and item and uuid.startswith(item)):
+        if item.startswith(("GPU-", "MIG-")):
+            if uuid is not None and len(item) > 4 and uuid.startswith(item):
+                return f"cuda:{position}"
+        elif not item.isascii() or not item.isdigit():
+            break  # CUDA sees nothing from the first invalid item on
+        elif numbers_hold and int(item) == index:
             return f"cuda:{position}"
-    raise GPUPoolError(f"CUDA_VISIBLE_DEVICES={mask} hides {names} from this process; call activate() first")
+    raise GPUPoolError(
+        f"CUDA_VISIBLE_DEVICES={mask} does not show {names} to this process; call activate() before CUDA is initialised"
+    )
 
 
 class _Mask:

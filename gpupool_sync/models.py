@@ -7,6 +7,7 @@ a suffix; every other quantity carries its unit in its name.  A reading that the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 import attrs
@@ -161,7 +162,7 @@ def _number(value: object, what: str, *, low: float, high: float | None = None) 
     if value is None:
         return None
     # bool is an int in Python: memory_mb=True would ask for one MiB.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= sys.float_info.max:
         raise ConfigError(f"{what}={value!r}: a number of at least {low:g} is allowed")
     if high is not None and value > high:
         raise ConfigError(f"{what}={value!r}: a number from {low:g} to {high:g} is allowed")

@@ -51,9 +51,11 @@ class _Entry:
         "endpoint",
         "lane",
         "next_round",
+        "not_before",
         "nudged",
         "queued",
         "round",
+        "run",
         "running",
     )
 
@@ -63,6 +65,8 @@ class _Entry:
         self.began = 0.0  # of the last poll
         self.asked: float | None = None  # when another poll is wanted, asked for while one was under way
         self.nudged = False  # written by any thread: a nudge is under way, another one would change nothing
+        self.not_before = 0.0  # the server asked to be left alone until then
+        self.run: object = None  # the poll that is under way; another one than this is out of date
         self.running = False
         self.queued = False
         self.lane = "fast"
@@ -117,6 +121,8 @@ class Monitor:
         self._tiebreak = itertools.count()
         self._stopping = False
         self._lanes: dict[str, _Lane] = {}
+        # Guards _thread: there is never more than one scheduling thread.
+        self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.polls = 0
         self.poll_seconds = 0.0
@@ -134,19 +140,24 @@ class Monitor:
         }
         for entry in self._entries.values():
             self._schedule(entry, 0.0)
-        self._start_thread()
+        with self._start_lock:
+            self._start_thread_locked()
 
-    def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"{self._name}-monitor", daemon=True)
-        self._thread.start()
+    def _start_thread_locked(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"{self._name}-monitor", daemon=True)
+        thread.start()
+        self._thread = thread  # not before it runs: a thread that is not started yet looks like one that died
 
     def ensure_running(self) -> None:
         """Restart the scheduling thread if something killed it."""
         thread = self._thread
-        if thread is not None and not thread.is_alive() and not self._stopping:
-            self.restarts += 1
-            logger.error("the monitor's thread died; starting another one")
-            self._start_thread()
+        if thread is None or thread.is_alive() or self._stopping:
+            return
+        with self._start_lock:
+            if self._thread is thread and not self._stopping:
+                self.restarts += 1
+                logger.error("the monitor's thread died; starting another one")
+                self._start_thread_locked()
 
     def poll_soon(self, endpoint_ids: Iterable[str]) -> list[Future[None]]:
         """
@@ -278,12 +289,23 @@ class Monitor:
         entry.round, entry.next_round = entry.next_round, []
         lane = self._lanes[lane_name]
         lane.started[entry.endpoint.id] = now
+        entry.run = run = object()
         try:
-            lane.executor.submit(self._poll, entry)
-        except RuntimeError:
-            # The interpreter is shutting down and takes no more work: so do we.
-            self._stopping = True
-            self._settle_everything()
+            lane.executor.submit(self._poll, entry, run)
+        except RuntimeError as exc:
+            if "shutdown" in str(exc):
+                # The interpreter ends and takes no more work: so do we.
+                self._stopping = True
+                self._settle_everything()
+                return
+            # No new thread is to be had (a limit of the container). The work is queued all the same and runs should
+            # another worker be free; by then it may be out of date, and notices.
+            logger.warning("polls are delayed: %s", exc)
+            entry.run = None
+            entry.running = False
+            lane.started.pop(entry.endpoint.id, None)
+            entry.next_round, entry.round = entry.round + entry.next_round, []
+            self._schedule(entry, TICK)
 
     def _want(self, wanted: Sequence[tuple[str, Future[None]]]) -> None:
         for endpoint_id, future in wanted:
@@ -296,7 +318,7 @@ class Monitor:
 
     def _nudge(self, entry: _Entry) -> None:
         if self._entries.get(entry.endpoint.id) is entry and not entry.endpoint.open:
-            self._bring_forward(entry, entry.began + NUDGE_GAP)
+            self._bring_forward(entry, max(entry.began + NUDGE_GAP, entry.not_before))
 
     def _bring_forward(self, entry: _Entry, at: float) -> None:
         if entry.running:
@@ -316,7 +338,8 @@ class Monitor:
                     lane.backlog.remove(entry)
             _settle(entry.next_round)
 
-    def _done(self, entry: _Entry, begin: float, pause: float) -> None:
+    def _done(self, entry: _Entry, begin: float, pause: float, asked: float | None) -> None:
+        entry.not_before = 0.0 if asked is None else begin + asked
         self._lanes[entry.lane].started.pop(entry.endpoint.id, None)
         entry.running = False
         self.polls += 1
@@ -327,7 +350,7 @@ class Monitor:
         # Counted from the beginning: a slow answer must not stretch the interval, nor cause a burst.
         due = begin + pause
         if entry.asked is not None:
-            due = min(due, entry.asked)
+            due = min(due, max(entry.asked, entry.not_before))
             entry.asked = None
         self._schedule(entry, max(0.0, due - time.monotonic()))
 
@@ -344,7 +367,9 @@ class Monitor:
 
     # -- the worker threads ------------------------------------------------------------------------------------
 
-    def _poll(self, entry: _Entry) -> None:
+    def _poll(self, entry: _Entry, run: object) -> None:
+        if entry.run is not run:
+            return
         endpoint = entry.endpoint
         begin = time.monotonic()
         asked: float | None = None
@@ -360,7 +385,7 @@ class Monitor:
             logger.exception("poll of %s broke", endpoint.id)
         finally:
             pause = endpoint.pause(asked)
-            self._commands.put(lambda: self._done(entry, begin, pause))
+            self._commands.put(lambda: self._done(entry, begin, pause, asked))
 
 
 def _settle(futures: list[Future[None]]) -> None:

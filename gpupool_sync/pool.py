@@ -20,7 +20,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, overload
+
+import attrs
 
 from gpupool_sync import config
 from gpupool_sync.choosing import Limits, Screened, room_mb, screen, usable
@@ -37,7 +39,7 @@ from gpupool_sync.errors import (
 )
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, forget_mask
 from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Share, Wanted
-from gpupool_sync.models import Card, EndpointView, GPURequest, Reason, Snapshot
+from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
 from gpupool_sync.waiting import Waiter, WaitingRoom, listener
@@ -53,11 +55,16 @@ logger = logging.getLogger(__name__)
 KEPT_DURATIONS = 1000
 #: Lines that an error explains itself with; `explain` has them all.
 EXPLAINED_CARDS = 20
+#: Seconds of waiting after which a pool whose endpoints are all down says so once.
+LONG_WAIT = 10.0
 #: Screened snapshots that are remembered, per endpoint, for requests that come again.
 REMEMBERED_REQUESTS = 8
 
 _DEFAULT_REQUEST = GPURequest()
+_NOTHING = (None,) * 8
 _H = TypeVar("_H", GPU, GPUs)
+#: One name, or several.
+Names = Union[str, Sequence[str], None]  # noqa: UP007 - an alias that runs on Python 3.10
 
 
 class _Engine:
@@ -170,7 +177,7 @@ def _summary(values: Sequence[float]) -> dict[str, float | int | None]:
     }
 
 
-class _Acquiring:
+class _Acquiring(Generic[_H]):
     """
     ``with pool.gpu() as gpu``.
 
@@ -197,14 +204,14 @@ class _Acquiring:
         self._on_lost = on_lost
         self._grant: Grant | None = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> _H:
         if self._grant is not None and not self._grant.released:
             raise GPUPoolError("this pool.gpu() is in use already; call pool.gpu() once for each with block")
         grant = self._grant = self._pool._new_grant(self._note, self._on_lost)
         self._pool._watch(self, grant)
         try:
             self._pool._obtain(grant, self._request, Deadline.after(self._timeout))
-            return self._pool._handle(Tie(grant), self._count)
+            return self._pool._handle(Tie(grant), self._count)  # type: ignore[no-any-return]
         except BaseException:
             self._pool._give_up(grant)
             raise
@@ -214,6 +221,17 @@ class _Acquiring:
     ) -> None:
         if self._grant is not None:
             self._pool._release(self._grant)
+
+    def __repr__(self) -> str:
+        return f"<{_HOW_TO}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what interpreters and libraries look for by themselves
+            raise AttributeError(name)
+        raise AttributeError(f"{_HOW_TO}; this has no {name} yet")
+
+
+_HOW_TO = "use `with pool.gpu() as gpu:`, or `gpu = pool.acquire()`"
 
 
 class GPUPool:
@@ -237,6 +255,7 @@ class GPUPool:
             *endpoint_timeout*).
         endpoint_timeout: seconds for one exchange with an endpoint, retries included (default 10).
         endpoint_max_retries: retries of an exchange that failed before an answer began (default 3).
+        breaker_failures: failed polls in a row that open an endpoint's breaker (default 5).
         ttl: seconds that a lease at a remote arbiter lives without renewal (default 60, at most 300).
         max_waiting: callers that may wait at the same time; default any number.
         name: shown to others as the holder.
@@ -291,7 +310,11 @@ class GPUPool:
         self._strategy = make_strategy(settings.strategy)
         self._limits = Limits(settings.memory_threshold, settings.utilization_threshold)
         self._endpoint_configs: tuple[config.Endpoint, ...] = settings.endpoints
+        # This machine's own cards, read without a server: what there is when no endpoint is configured.
+        self._reads_devices = not settings.endpoints
+        self._inherited = False  # came here by fork or in a pickle
         self._fresh_state()
+        self._me = weakref.ref(self)
         _pools.add(self)
 
     def _fresh_state(self) -> None:
@@ -311,7 +334,10 @@ class GPUPool:
         self._dropped: deque[Any] = deque()
         self._leaving: deque[Grant] = deque()  # released while a child of popen() still ran
         self._screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
-        self._local_ids: frozenset[str] = frozenset()
+        # Endpoints whose cards are in this machine; those that are said to be, before they have answered.
+        self._local_ids = frozenset(each.id for each in self._endpoint_configs if each.local)
+        # Guards _local_ids, which several workers change.
+        self._local_lock = threading.Lock()
         self._last_free: dict[str, frozenset[str]] = {}
         # Made here and not at the first claim: two threads would make two, and each claim must repeat its own.
         self._holder = self._make_holder()
@@ -326,6 +352,8 @@ class GPUPool:
             wait: return only when every endpoint has answered or failed once.
             timeout: seconds to wait at most; None: as long as a poll may take.
         """
+        if self._closed and self._engine is not None:
+            self.close()  # was interrupted
         with self._lifecycle:
             self._closed = False
             engine = self._engine or self._start_locked()
@@ -334,7 +362,7 @@ class GPUPool:
 
     def _opened(self) -> _Engine:
         engine = self._engine
-        if engine is not None:
+        if engine is not None and not self._closed:
             return engine
         with self._lifecycle:
             if self._closed:
@@ -350,7 +378,8 @@ class GPUPool:
         settings = self._settings
         arbiter = self._make_store()
         configs = self._endpoint_configs
-        made = [make_endpoint(each, settings) for each in configs] or [make_local_endpoint(settings)]
+        made = [make_local_endpoint(settings)] if self._reads_devices else []
+        made += [make_endpoint(each, settings) for each in configs]
         me = weakref.ref(self)
 
         # The threads must not keep a forgotten pool alive, so they see it through a weak reference.
@@ -408,6 +437,13 @@ class GPUPool:
         if kind == "memory":
             from gpupool_sync.leases.memory import shared_store
 
+            if self._inherited:
+                warnings.warn(
+                    "leases of 'memory:' exclude within one process: this one and the process that the pool came from "
+                    "do not see each other's; lease_store='host:' excludes all of this machine's",
+                    ExclusivityWarning,
+                    stacklevel=_user_stacklevel(),
+                )
             return shared_store()
         if kind == "host":
             from gpupool_sync.leases.host import host_store
@@ -449,21 +485,42 @@ class GPUPool:
         """
         with self._lifecycle:
             self._closed = True
-            engine, self._engine = self._engine, None
+            engine = self._engine
         self._waiting.wake_all()
+        self.release_all()
+        self._release_when_children_end()
         if engine is None:
             return
-        self.release_all()
+        # Each step can be repeated, and the engine is let go of last: a close() that was interrupted is finished by
+        # the next one.
         engine.unsubscribe()
         for endpoint in engine.endpoints.values():
             endpoint.abort()
         engine.monitor.stop(timeout)
         for endpoint in engine.endpoints.values():
             endpoint.close()
-        self._local_ids = frozenset()
-        self._table = Table()
-        self._screens.clear()
-        self._last_free.clear()
+        with self._lifecycle:
+            if self._engine is engine:
+                self._engine = None
+                self._local_ids = frozenset(each.id for each in self._endpoint_configs if each.local)
+                self._table = Table()
+                self._screens.clear()
+                self._last_free.clear()
+
+    def _release_when_children_end(self) -> None:
+        """Leases of commands that still run: nobody but a thread of their own will look after them."""
+        grants = [self._leaving.popleft() for _ in range(len(self._leaving))]
+        if not grants:
+            return
+
+        def wait() -> None:
+            for grant in grants:
+                for child in grant.children:
+                    child.wait()
+                grant.children = []
+                self._release(grant)
+
+        threading.Thread(target=wait, name="gpupool-children", daemon=True).start()
 
     def __enter__(self) -> GPUPool:
         self.open()
@@ -476,10 +533,11 @@ class GPUPool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Settings only (credentials included): threads, leases and connections belong to this process.
-        return _rebuild, (type(self), self._settings, self._endpoint_configs, self._on_lost)
+        return _rebuild, (type(self), self._settings, self._endpoint_configs, self._reads_devices, self._on_lost)
 
     def __repr__(self) -> str:
-        where = ", ".join(each.id for each in self._endpoint_configs[:5]) or "this machine"
+        names = [*(["this machine"] if self._reads_devices else []), *(each.id for each in self._endpoint_configs[:5])]
+        where = ", ".join(names) or "no endpoints"
         more = f" and {len(self._endpoint_configs) - 5} more" if len(self._endpoint_configs) > 5 else ""
         state = "closed" if self._closed else "open" if self._engine is not None else "not opened yet"
         return f"<GPUPool of {where}{more}, {state}, {sum(1 for g in self._grants.values() if g.lease)} leases held>"
@@ -487,11 +545,18 @@ class GPUPool:
     def _after_fork_in_child(self) -> None:
         # The parent's leases are forgotten, not released; its threads and connections are its own. The child opens
         # its own at first use. A pool that the parent closed stays closed.
-        closed = self._closed
+        closed, engine = self._closed, self._engine
+        self._inherited = True
         self._fresh_state()
         self._closed = closed
         # A copy has the settings and a lock of its own: another thread may have held the old one at the fork.
         self._strategy = copy.copy(self._strategy)
+        store = self._settings.lease_store
+        if store is not None and not isinstance(store, str):
+            store.forget_after_fork()
+        if engine is not None:
+            for endpoint in engine.endpoints.values():
+                endpoint.forget_after_fork()
 
     # -- the endpoints -----------------------------------------------------------------------------------------
 
@@ -505,22 +570,27 @@ class GPUPool:
         Raises:
             ConfigError: not a URL, or an endpoint of that id or URL is there already.
         """
-        from gpupool_sync.endpoint import make_endpoint
+        from gpupool_sync.endpoint import local_endpoint_id, make_endpoint
 
-        new = endpoint if isinstance(endpoint, config.Endpoint) else config.Endpoint(endpoint, **options)
+        if isinstance(endpoint, config.Endpoint):
+            if options:
+                raise ConfigError(f"{', '.join(options)}: the options belong into the Endpoint that was given")
+            new = endpoint
+        else:
+            new = config.Endpoint(endpoint, **options)
         with self._lifecycle:
-            for old in self._endpoint_configs:
-                if new.id == old.id or new.url == old.url:
-                    raise ConfigError(f"endpoint {new.id}: the pool has {old.id} already; give another name or URL")
-            replaces_local = not self._endpoint_configs
+            taken = {each.id: each.url for each in self._endpoint_configs}
+            if self._reads_devices:
+                taken[local_endpoint_id()] = "local:"
+            for old_id, old_url in taken.items():
+                if new.id == old_id or new.url == old_url:
+                    raise ConfigError(f"endpoint {new.id}: the pool has {old_id} already; give another name or URL")
             self._endpoint_configs = (*self._endpoint_configs, new)
             engine = self._engine
             if engine is not None:
                 made = make_endpoint(new, self._settings)
                 engine.endpoints = {**engine.endpoints, made.id: made}
                 engine.monitor.add(made)
-                if replaces_local:
-                    logger.info("endpoint %s joins this machine's own GPUs", new.id)
         return new.id
 
     def drain_endpoint(self, endpoint_id: str) -> None:
@@ -542,12 +612,15 @@ class GPUPool:
         endpoint = self._endpoint(endpoint_id)
         with self._lifecycle:
             self._endpoint_configs = tuple(each for each in self._endpoint_configs if each.id != endpoint_id)
+            if endpoint.url == "local:":
+                self._reads_devices = False
             engine = self._engine
             if engine is not None:
                 engine.endpoints = {k: v for k, v in engine.endpoints.items() if k != endpoint_id}
                 engine.monitor.remove(endpoint_id)
         self._table.forget(endpoint_id)
-        self._local_ids -= {endpoint_id}
+        with self._local_lock:
+            self._local_ids -= {endpoint_id}
         self._last_free.pop(endpoint_id, None)
         endpoint.abort()
         endpoint.close()
@@ -595,7 +668,8 @@ class GPUPool:
                 logger.warning("endpoint %s: %s", snapshot.endpoint_id, problem)
         if snapshot.is_local != (snapshot.endpoint_id in self._local_ids):
             change = {snapshot.endpoint_id}
-            self._local_ids = self._local_ids | change if snapshot.is_local else self._local_ids - change
+            with self._local_lock:
+                self._local_ids = self._local_ids | change if snapshot.is_local else self._local_ids - change
         if not len(self._waiting):
             self._last_free.pop(snapshot.endpoint_id, None)
             return
@@ -612,7 +686,12 @@ class GPUPool:
         """What nobody waits for; on the monitor's thread, at least once a second."""
         self._collect_dropped()
         for _ in range(len(self._leaving)):
-            self._release(self._leaving.popleft())
+            grant = self._leaving.popleft()
+            try:
+                self._release(grant)
+            except LeaseStoreError as exc:
+                logger.warning("a lease is not released yet: %s", exc)
+                self._leaving.append(grant)
 
     # -- acquiring ---------------------------------------------------------------------------------------------
 
@@ -620,38 +699,135 @@ class GPUPool:
         self,
         timeout: float | None = None,
         *,
+        local: bool | None = None,
+        endpoint: Names = None,
+        model: str | None = None,
+        uuid: Names = None,
+        exclude: Names = None,
+        min_free_memory_mb: float | None = None,
+        max_utilization_percent: float | None = None,
+        memory_mb: float | None = None,
+        max_holders: int | None = None,
+        busy_ok: bool = False,
         note: str | None = None,
         on_lost: Callable[[Any], object] | None = None,
-        **request: Any,
-    ) -> Any:
+    ) -> _Acquiring[GPU]:
         """
         ``with pool.gpu() as gpu:`` a whole GPU, or a share of one, for the block.
 
         Arguments and errors are those of `acquire`.
         """
-        return _Acquiring(self, self._request(None, request), None, _timeout(timeout), note, on_lost)
+        asked = _request(
+            None,
+            local,
+            endpoint,
+            model,
+            uuid,
+            exclude,
+            min_free_memory_mb,
+            max_utilization_percent,
+            memory_mb,
+            max_holders,
+            busy_ok,
+        )
+        return _Acquiring(self, asked, None, _timeout(timeout), note, on_lost)
 
     def gpus(
         self,
         count: int,
         timeout: float | None = None,
         *,
+        local: bool | None = None,
+        endpoint: Names = None,
+        model: str | None = None,
+        uuid: Names = None,
+        exclude: Names = None,
+        min_free_memory_mb: float | None = None,
+        max_utilization_percent: float | None = None,
+        memory_mb: float | None = None,
+        max_holders: int | None = None,
+        busy_ok: bool = False,
         note: str | None = None,
         on_lost: Callable[[Any], object] | None = None,
-        **request: Any,
-    ) -> Any:
-        """``with pool.gpus(4) as gpus:`` *count* GPUs of one host, all or nothing, under one lease."""
-        return _Acquiring(self, self._request(count, request), count, _timeout(timeout), note, on_lost)
+    ) -> _Acquiring[GPUs]:
+        """
+        ``with pool.gpus(4) as gpus:`` *count* GPUs of one host, all or nothing, under one lease.
+
+        Arguments and errors are those of `acquire`.
+        """
+        asked = _request(
+            count,
+            local,
+            endpoint,
+            model,
+            uuid,
+            exclude,
+            min_free_memory_mb,
+            max_utilization_percent,
+            memory_mb,
+            max_holders,
+            busy_ok,
+        )
+        return _Acquiring(self, asked, count, _timeout(timeout), note, on_lost)
+
+    @overload
+    def acquire(
+        self,
+        timeout: float | None = None,
+        count: None = None,
+        *,
+        local: bool | None = ...,
+        endpoint: Names = ...,
+        model: str | None = ...,
+        uuid: Names = ...,
+        exclude: Names = ...,
+        min_free_memory_mb: float | None = ...,
+        max_utilization_percent: float | None = ...,
+        memory_mb: float | None = ...,
+        max_holders: int | None = ...,
+        busy_ok: bool = ...,
+        note: str | None = ...,
+        on_lost: Callable[[Any], object] | None = ...,
+    ) -> GPU: ...
+
+    @overload
+    def acquire(
+        self,
+        timeout: float | None = None,
+        *,
+        count: int,
+        local: bool | None = ...,
+        endpoint: Names = ...,
+        model: str | None = ...,
+        uuid: Names = ...,
+        exclude: Names = ...,
+        min_free_memory_mb: float | None = ...,
+        max_utilization_percent: float | None = ...,
+        memory_mb: float | None = ...,
+        max_holders: int | None = ...,
+        busy_ok: bool = ...,
+        note: str | None = ...,
+        on_lost: Callable[[Any], object] | None = ...,
+    ) -> GPUs: ...
 
     def acquire(
         self,
         timeout: float | None = None,
         count: int | None = None,
         *,
+        local: bool | None = None,
+        endpoint: Names = None,
+        model: str | None = None,
+        uuid: Names = None,
+        exclude: Names = None,
+        min_free_memory_mb: float | None = None,
+        max_utilization_percent: float | None = None,
+        memory_mb: float | None = None,
+        max_holders: int | None = None,
+        busy_ok: bool = False,
         note: str | None = None,
         on_lost: Callable[[Any], object] | None = None,
-        **request: Any,
-    ) -> Any:
+    ) -> GPU | GPUs:
         """
         Wait for a GPU (or *count* of one host) that nobody else has, and return the handle; `release` gives it back.
 
@@ -679,7 +855,19 @@ class GPUPool:
             PoolClosed: the pool is, or was meanwhile, closed.
             ConfigError: an argument cannot be used.
         """
-        asked = self._request(count, request)
+        asked = _request(
+            count,
+            local,
+            endpoint,
+            model,
+            uuid,
+            exclude,
+            min_free_memory_mb,
+            max_utilization_percent,
+            memory_mb,
+            max_holders,
+            busy_ok,
+        )
         deadline = Deadline.after(_timeout(timeout))
         tie = Tie(self._new_grant(note, on_lost))
         grant = tie.grant
@@ -687,7 +875,7 @@ class GPUPool:
         try:
             self._obtain(grant, asked, deadline)
             grant.place = _caller()
-            handle = self._handle(tie, count)
+            handle: GPU | GPUs = self._handle(tie, count)
             # From here on a handle that is collected was the caller's to keep: nothing between this line and the
             # caller's assignment lets an interrupt in.
             grant.delivered = True
@@ -696,17 +884,13 @@ class GPUPool:
             self._give_up(grant)
             raise
 
-    def _request(self, count: int | None, request: dict[str, Any]) -> GPURequest:
-        if not request and count is None:
-            return _DEFAULT_REQUEST
-        return GPURequest.make(count=count, **request)
-
     def _handle(self, tie: Tie, count: int | None) -> Any:
         return GPU(self, tie, tie.grant.cards[0]) if count is None else GPUs(self, tie)
 
     def _new_grant(self, note: str | None, on_lost: Callable[[Any], object] | None) -> Grant:
         grant = Grant(os.urandom(16).hex(), note)
         grant.on_lost = on_lost or self._on_lost
+        grant.owner = self._me
         return grant
 
     def _watch(self, anchor: object, grant: Grant) -> None:
@@ -728,22 +912,27 @@ class GPUPool:
             grant = self._watched.pop(reference, None)
             if grant is None or grant.released:
                 continue
-            if grant.lease is None:
-                self._give_up(grant)
-                continue
-            if not grant.delivered:
-                self._release(grant)  # not _give_up: a child of popen() may still run
+            if grant.lease is None or not grant.delivered:
+                try:
+                    # Not _give_up for a lease: a child of popen() may still run.
+                    self._give_up(grant) if grant.lease is None else self._release(grant)
+                except LeaseStoreError as exc:
+                    logger.warning("a lease is not released yet: %s", exc)
+                    self._leaving.append(grant)
                 continue
             self._counters.add("forgotten")
+            grant.forgotten = True
             names = ", ".join(card.global_gpu_id for card in grant.cards)
             text = (
                 f"the handle of {names}, acquired at {grant.place}, is gone without release(); the GPU stays leased "
                 "until pool.release_all(), pool.close() or the end of the process"
             )
+            logger.warning("%s", text)
+            file, _, line = grant.place.rpartition(":")
             try:
-                warnings.warn(text, ResourceWarning, stacklevel=2, source=None)
+                warnings.warn_explicit(text, ResourceWarning, file, int(line))
             except ResourceWarning:  # made an error: on this thread nobody could handle it
-                logger.warning("%s", text)
+                continue
 
     def _obtain(self, grant: Grant, request: GPURequest, deadline: Deadline) -> None:
         """Fill *grant*, or raise."""
@@ -754,7 +943,7 @@ class GPUPool:
         if self._dropped:
             self._collect_dropped()
         # Before the claim, so that close() and release_all() find whatever the claim leads to.
-        self._grants[grant.id] = grant
+        self._grants[grant.id] = _all_grants[grant.id] = grant
         if engine.first is not None:
             # A deadline that had passed from the beginning (timeout=0) means not to wait for others; without a
             # reading nothing could be tried even once.
@@ -776,11 +965,16 @@ class GPUPool:
     def _wait_for(self, engine: _Engine, grant: Grant, request: GPURequest, deadline: Deadline) -> int:
         """Wait with a ticket until granted; returns how many claims that took."""
         self._require_possible(engine, request)
+        claims = 0
         if deadline.passed():
-            raise self._timed_out(grant, request)
+            # One real attempt, also at cards that are said to be held: their holder may have died without a word.
+            claims += self._claim_all(engine, grant, request, self._look(engine, request), queue=False)
+            if grant.lease is None:
+                raise self._timed_out(grant, request)
+            return claims
+        told = False
         waiter = Waiter(grant.id)
         self._waiting.join(waiter)
-        claims = 0
         try:
             if engine.arbiter.needs_listener:
                 listener(engine.arbiter).listen_for(self._waiting)
@@ -788,11 +982,15 @@ class GPUPool:
                 if self._closed:
                     raise PoolClosed("the pool was closed while this call waited")
                 seen = self._look(engine, request)
-                claims += self._claim_queued(engine, grant, request, seen)
+                claims += self._claim_all(engine, grant, request, seen, queue=True)
                 if grant.lease is not None:
                     return claims
                 woken = waiter.wait(deadline.within(self._waiting.recheck()))
                 if not woken:
+                    engine.monitor.ensure_running()
+                    if not told and time.monotonic() - grant.asked_at > LONG_WAIT:
+                        told = True
+                        self._tell_long_wait(engine, request)
                     # Nothing was given to us that we would have to hand on: tickets are withdrawn, and whoever is
                     # next in line is told.
                     if deadline.passed():
@@ -801,12 +999,24 @@ class GPUPool:
         finally:
             self._waiting.leave(waiter)
 
+    def _tell_long_wait(self, engine: _Engine, request: GPURequest) -> None:
+        """Waiting for GPUs that are in use is normal; waiting for servers none of which answers deserves a word."""
+        if not any(endpoint.numbers().healthy for endpoint in engine.endpoints.values()):
+            lines = "; ".join(f"{name} {text}" for name, text in list(self._explain(request).endpoints.items())[:5])
+            logger.warning(
+                "still waiting for %s, and no endpoint answers: %s", describe(request), lines or "none is left"
+            )
+
     def _timed_out(self, grant: Grant, request: GPURequest) -> AcquireTimeout:
         self._counters.add("timeouts")
         waited = time.monotonic() - grant.asked_at
         explanation = self._explain(request)
+        # The caller, who stops waiting with this, is not one of those who wait.
+        explanation = attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
         lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
-        return AcquireTimeout(f"no GPU for {explanation.request} within {waited:.1f} s:\n{lines}")
+        error = AcquireTimeout(f"{explanation.request}: none could be had within {waited:.1f} s:\n{lines}")
+        error.explanation = explanation
+        return error
 
     def _require_possible(self, engine: _Engine, request: GPURequest) -> None:
         snapshots, _ = self._table.view()
@@ -817,7 +1027,7 @@ class GPUPool:
         for endpoint_id in engine.endpoints:
             snapshot = snapshots[endpoint_id]
             # A card that cannot be read at the moment may come back.
-            if snapshot.sample.faults:
+            if any(_may_matter(fault, endpoint_id, request) for fault in snapshot.sample.faults):
                 return
             if not local_only or snapshot.is_local:
                 most = max(most, self._screened(snapshot, request).possible)
@@ -825,10 +1035,11 @@ class GPUPool:
             return
         explanation = self._explain(request)
         lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
-        where = ""
-        if not self._endpoint_configs:
-            local = next(iter(engine.endpoints.values()))
-            where = f"\n  this machine: {local.description}; to use other machines set GPU_SERVICE_ENDPOINTS"
+        where = "".join(
+            f"\n  this machine: {each.description}; to use other machines set GPU_SERVICE_ENDPOINTS"
+            for each in engine.endpoints.values()
+            if each.url == "local:"
+        )
         raise NoSuchGPU(f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}".rstrip())
 
     # -- looking and claiming ----------------------------------------------------------------------------------
@@ -946,8 +1157,14 @@ class GPUPool:
             self._counters.add("refused")
             left.remove(first)
 
-    def _claim_queued(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
-        """Claim at every arbiter, leaving a ticket for all cards that would do; returns how many claims it took."""
+    def _claim_all(
+        self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen], *, queue: bool
+    ) -> int:
+        """
+        Claim at every arbiter, held cards included; returns how many claims that took.
+
+        With *queue*, a ticket for all of them is left at each.
+        """
         order = self._ordered(seen, request)
         chosen = set(map(id, order))
         offers = [(each, [*each.free, *_others(each)]) for each in order]
@@ -957,7 +1174,7 @@ class GPUPool:
             store = engine.store_of(each.endpoint.id)
             by_store.setdefault(id(store), (store, []))[1].append((each, cards))
         for number, (store, mine) in enumerate(by_store.values(), 1):
-            if self._claim(store, grant, request, mine, queue=True, reserve=number == 1):
+            if self._claim(store, grant, request, mine, queue=queue, reserve=number == 1):
                 assert grant.snapshot is not None
                 self._strategy.feedback(grant.snapshot.endpoint_id, True)
                 return number
@@ -1039,11 +1256,18 @@ class GPUPool:
         """
         if not isinstance(gpu, _Handle) or gpu._pool is not self:
             raise ConfigError(f"release({gpu!r}): only what this pool's acquire() returned can be released here")
+        # From now on a handle that is collected is one whose release was interrupted.
+        gpu._tie.grant.delivered = False
         self._release(gpu._tie.grant)
 
     def release_all(self) -> None:
-        """Give back every lease of this pool in this process, those of forgotten handles included."""
-        for grant in list(self._grants.values()):
+        """
+        Give back every lease of this pool in this process, those of forgotten handles included.
+
+        Also those of pools of this process that are gone themselves, such as one whose notebook cell was run again.
+        """
+        orphans = [grant for grant in list(_all_grants.values()) if grant.owner() is None]
+        for grant in [*self._grants.values(), *orphans]:
             # Claims that are under way are not ours to end; after close() they end themselves.
             if grant.lease is not None:
                 self._release(grant)
@@ -1059,8 +1283,7 @@ class GPUPool:
                     self._leaving.append(grant)
                 return
         # Idempotent at the store, so an interrupt before the next line only makes it happen again.
-        for store in grant.asked:
-            store.release([grant.id])
+        self._release_at_stores(grant)
         grant.released = True
         self._forget(grant)
         if grant.lease is not None:
@@ -1073,25 +1296,61 @@ class GPUPool:
     def _give_up(self, grant: Grant) -> None:
         """Undo a claim whose caller will never have it."""
         if grant.pid == os.getpid():
-            for store in grant.asked:
-                store.release([grant.id])
+            self._release_at_stores(grant)
             grant.released = True
         self._forget(grant)
 
+    @staticmethod
+    def _release_at_stores(grant: Grant) -> None:
+        failed: LeaseStoreError | None = None
+        for store in grant.asked:
+            try:
+                store.release([grant.id])
+            except LeaseStoreError as exc:  # the others are told all the same
+                failed = exc
+        if failed is not None:
+            raise failed
+
     def _forget(self, grant: Grant) -> None:
         self._grants.pop(grant.id, None)
+        _all_grants.pop(grant.id, None)
         self._watched.pop(grant.tie_ref, None)
 
     # -- looking at it -----------------------------------------------------------------------------------------
 
-    def explain(self, **request: Any) -> Explanation:
+    def explain(
+        self,
+        count: int | None = None,
+        *,
+        local: bool | None = None,
+        endpoint: Names = None,
+        model: str | None = None,
+        uuid: Names = None,
+        exclude: Names = None,
+        min_free_memory_mb: float | None = None,
+        max_utilization_percent: float | None = None,
+        memory_mb: float | None = None,
+        max_holders: int | None = None,
+        busy_ok: bool = False,
+    ) -> Explanation:
         """
         Why a request like this is, or is not, granted now: a verdict for each card.
 
-        Takes the arguments of `acquire` (but not `timeout`).
+        The arguments are those of `acquire`.
         """
-        request.pop("note", None)
-        asked = self._request(request.pop("count", None), request)
+        asked = _request(
+            count,
+            local,
+            endpoint,
+            model,
+            uuid,
+            exclude,
+            min_free_memory_mb,
+            max_utilization_percent,
+            memory_mb,
+            max_holders,
+            busy_ok,
+        )
         engine = self._opened()
         self._first_reading(engine, Deadline.after(None))
         return self._explain(asked)
@@ -1108,6 +1367,7 @@ class GPUPool:
         verdicts: list[CardVerdict] = []
         taken: set[str] = set()
         free = elsewhere = 0
+        free_at: dict[str, int] = {}
         for endpoint in endpoints.values():
             snapshot = snapshots.get(endpoint.id)
             unusable = self._unusable(endpoint, snapshot, now)
@@ -1127,6 +1387,7 @@ class GPUPool:
                 if card.key in duplicates:
                     taken.add(card.key)
                 free += reason is None
+                free_at[endpoint.id] = free_at.get(endpoint.id, 0) + (reason is None)
                 verdicts.append(
                     CardVerdict(
                         global_gpu_id=card.global_gpu_id,
@@ -1146,7 +1407,15 @@ class GPUPool:
                 )
                 for fault in snapshot.sample.faults
             ]
+        hint = None
+        if request.endpoint and not any(name in endpoints or "://" in name for name in request.endpoint):
+            hint = f"this pool has no endpoint {', '.join(request.endpoint)}; it has {', '.join(endpoints) or 'none'}"
+        elif request.count > 1:
+            best, most = max(free_at.items(), key=lambda item: item[1], default=("none", 0))
+            if most < request.count:
+                hint = f"{request.count} of one host are needed; the most that are free on one are {most} ({best})"
         return Explanation(
+            hint=hint,
             request=describe(request),
             cards=verdicts,
             endpoints=silent,
@@ -1342,10 +1611,41 @@ def describe(request: GPURequest) -> str:
     return f"{what} ({', '.join(more)})" if more else what
 
 
+def _request(
+    count: int | None,
+    local: bool | None,
+    endpoint: Names,
+    model: str | None,
+    uuid: Names,
+    exclude: Names,
+    min_free_memory_mb: float | None,
+    max_utilization_percent: float | None,
+    memory_mb: float | None,
+    max_holders: int | None,
+    busy_ok: bool,
+) -> GPURequest:
+    given = (count, local, endpoint, model, uuid, exclude, min_free_memory_mb, max_utilization_percent)
+    if busy_ok is False and memory_mb is None and max_holders is None and given == _NOTHING:
+        return _DEFAULT_REQUEST  # what most callers ask for needs no checking
+    return GPURequest.make(
+        count=count,
+        local=local,
+        endpoint=endpoint,
+        model=model,
+        uuid=uuid,
+        exclude=exclude,
+        min_free_memory_mb=min_free_memory_mb,
+        max_utilization_percent=max_utilization_percent,
+        memory_mb=memory_mb,
+        max_holders=max_holders,
+        busy_ok=busy_ok,
+    )
+
+
 def _timeout(value: float | None) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise ConfigError(f"timeout={value!r}: seconds of at least 0 are allowed, or None to wait for ever")
     return float(value)
 
@@ -1387,6 +1687,13 @@ def _others(seen: _Seen) -> list[Card]:
 
 
 def _held_by(store: LeaseStore, card: Card) -> Reason:
+    for grant in list(_all_grants.values()):
+        if grant.lease is not None and card.key in grant.lease.cards and grant.store is store:
+            where = f", acquired at {grant.place}" if grant.place else ""
+            held = time.monotonic() - grant.begun_at
+            note = f", note: {grant.note}" if grant.note else ""
+            lost = "; its handle is gone, pool.release_all() frees it" if grant.forgotten else ""
+            return Reason("held", f"held by {grant.lease.holder}, this process, for {held:.0f} s{where}{note}{lost}")
     holders = store.holders_of(card.key)
     if not holders:  # released between two looks
         return Reason("held", "held until a moment ago")
@@ -1404,6 +1711,13 @@ def _no_room(store: LeaseStore, card: Card) -> Reason:
 
 def _error_of(endpoint: PolledEndpoint) -> str:
     return endpoint.numbers().last_error or "no error so far"
+
+
+def _may_matter(fault: GPUFault, endpoint_id: str, request: GPURequest) -> bool:
+    """Whether the card, once it can be read again, could satisfy the request."""
+    if request.endpoint and endpoint_id not in request.endpoint:
+        return False
+    return not (request.model and fault.name and request.model.casefold() not in fault.name.casefold())
 
 
 def _fault_line(endpoint_id: str, fault: Any) -> str:
@@ -1440,11 +1754,14 @@ def _rebuild(
     cls: type[GPUPool],
     settings: config.Settings,
     endpoints: tuple[config.Endpoint, ...],
+    reads_devices: bool,
     on_lost: Callable[[Any], object] | None,
 ) -> GPUPool:
     pool = cls.__new__(cls)
     pool._setup(settings, on_lost)
     pool._endpoint_configs = endpoints
+    pool._reads_devices = reads_devices
+    pool._inherited = True
     return pool
 
 
@@ -1452,6 +1769,9 @@ def _rebuild(
 
 _pools: weakref.WeakSet[GPUPool] = weakref.WeakSet()
 _numbers = itertools.count(1)
+# By lease id: the claims of all pools of this process, so that those of a pool that is gone can still be released.
+# Single dict operations only, which are atomic.
+_all_grants: dict[str, Grant] = {}
 _exit_hook_registered = False
 
 
@@ -1483,6 +1803,7 @@ def _close_all() -> None:
 
 
 def _after_fork_in_child() -> None:
+    _all_grants.clear()
     for pool in list(_pools):
         pool._after_fork_in_child()
 

@@ -122,7 +122,7 @@ class MultiEndpointPoolStatus(_Jsonable):
     gpu_assignments: Mapping[str, Sequence[WorkerInfo]]
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Status(MultiEndpointPoolStatus):
     """`GPUPool.status()`: the specification's fields, and what else is known."""
 
@@ -130,9 +130,32 @@ class Status(MultiEndpointPoolStatus):
     strategy: str = ""
     gpus: Sequence[CardStatus] = ()
     open: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.available_gpus} of {self.total_gpus} GPUs free, {self.healthy_endpoints} of {self.total_endpoints} "
+            f"endpoints healthy, {self.active_workers} leases, {self.blocked_workers} waiting"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Status: {self}>"
+
     taken_at: datetime.datetime = attrs.field(
         factory=lambda: datetime.datetime.now(datetime.timezone.utc), kw_only=True
     )
+
+
+def _ranges(ids: Sequence[str]) -> str:
+    """``0-3,5`` for 0, 1, 2, 3, 5."""
+    numbers = sorted(int(each) for each in ids if each.isdecimal())
+    parts: list[str] = [each for each in ids if not each.isdecimal()]
+    begin = 0
+    for index, number in enumerate(numbers):
+        if index + 1 == len(numbers) or numbers[index + 1] != number + 1:
+            first = numbers[begin]
+            parts.append(str(number) if first == number else f"{first}-{number}")
+            begin = index + 1
+    return ",".join(parts)
 
 
 @attrs.frozen
@@ -160,19 +183,25 @@ class Explanation(_Jsonable):
     free: int
     elsewhere: int = 0
     waiting: int = 0
+    hint: str | None = None  # what the request as a whole lacks
 
     def lines(self, limit: int | None = None) -> list[str]:
-        """One line for each card and each silent endpoint; beyond *limit* cards the rest is counted by reason."""
-        lines = [f"{endpoint_id}: {text}" for endpoint_id, text in self.endpoints.items()]
-        shown = self.cards if limit is None else self.cards[:limit]
-        lines += [f"{card.global_gpu_id} ({card.name}): {card.text}" for card in shown]
-        rest = self.cards[len(shown) :]
-        counts: dict[str, int] = {}
-        for card in rest:
-            counts[card.code] = counts.get(card.code, 0) + 1
-        if rest:
-            told = ", ".join(f"{count} {code}" for code, count in sorted(counts.items()))
-            lines.append(f"and {len(rest)} more cards: {told}")
+        """
+        One line for each silent endpoint and each group of cards of which the same is true.
+
+        Beyond *limit* lines of cards the rest is counted.
+        """
+        lines = [self.hint] if self.hint else []
+        lines += [f"{endpoint_id}: {text}" for endpoint_id, text in self.endpoints.items()]
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for card in self.cards:
+            endpoint_id, _, local_id = card.global_gpu_id.rpartition(":")
+            groups.setdefault((endpoint_id, card.name, card.text), []).append(local_id)
+        told = [f"{endpoint_id}:{_ranges(ids)} ({name}): {text}" for (endpoint_id, name, text), ids in groups.items()]
+        lines += told if limit is None else told[:limit]
+        if limit is not None and len(told) > limit:
+            rest = sum(len(ids) for ids in list(groups.values())[limit:])
+            lines.append(f"and {rest} more cards")
         if self.elsewhere:
             lines.append(
                 f"{self.elsewhere} free on other machines: local=False asks for those too (for use over there)"
@@ -182,5 +211,5 @@ class Explanation(_Jsonable):
         return lines
 
     def __str__(self) -> str:
-        head = f"{self.free} of {len(self.cards)} GPUs are free for {self.request}"
+        head = f"{self.request}: {self.free} of {len(self.cards)} GPUs are free"
         return "\n".join([head, *("  " + line for line in self.lines())])

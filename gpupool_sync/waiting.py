@@ -117,9 +117,7 @@ class Listener:
 
     def listen_for(self, room: WaitingRoom) -> None:
         """See to it that the thread runs as long as somebody is in *room*."""
-        thread = self._thread
-        if thread is not None and thread.is_alive() and room in self._rooms:
-            return
+        # Always under the lock: beside it, a thread that has just decided to end would still look alive.
         with self._lock:
             self._rooms.add(room)
             if self._thread is None or not self._thread.is_alive():

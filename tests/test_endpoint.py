@@ -159,9 +159,12 @@ def test_too_many_requests_is_no_sickness(server, polled):
 
 def test_pauses_grow_to_the_health_check_interval(server, polled):
     """A closed breaker's endpoint is polled at the interval; a dead one's probes become rarer, with jitter."""
-    server.get(SUMMARY, status=500)
+    good = server.get(SUMMARY, json=BODY)
     one = polled(poll_interval=1.0, health_check_interval=8.0, breaker_failures=1)
+    one.poll()
     assert one.pause() == 1.0
+    server.remove(good)
+    server.get(SUMMARY, status=500)
     longest = []
     for _ in range(6):
         fail(one, 1)
@@ -171,6 +174,18 @@ def test_pauses_grow_to_the_health_check_interval(server, polled):
 
     for expected, seen in zip([1, 2, 4, 8, 8, 8], longest, strict=True):
         assert expected * 0.9 < seen <= expected
+
+
+def test_an_endpoint_that_has_never_answered_is_asked_again_soon(server, polled):
+    """A server that is just starting is found within moments, not after a whole poll interval."""
+    server.get(SUMMARY, status=500)
+    one = polled(poll_interval=1.0, breaker_failures=50)
+    pauses = []
+    for _ in range(6):
+        fail(one, 1)
+        pauses.append(one.pause())
+
+    assert pauses == [0.25, 0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_recovered_endpoint_is_reintroduced_gradually(server, polled, monkeypatch):

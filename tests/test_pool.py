@@ -18,6 +18,7 @@ from cards import Cards, local_pool
 from gpupool_sync import (
     AcquireTimeout,
     ConfigError,
+    Endpoint,
     ExclusivityWarning,
     GPUPool,
     LeaseLost,
@@ -604,3 +605,171 @@ def test_waiting_costs_no_more_than_the_deadline(pool):
         pool.acquire(timeout=0.2)
     assert 0.2 <= time.monotonic() - begin < 20
     assert held
+
+
+# -- accidents -------------------------------------------------------------------------------------------------
+
+
+def test_first_use_by_many_threads_starts_one_monitor(monkeypatch, cards):
+    """However many threads ask first, one thread keeps the schedule."""
+    for _ in range(20):
+        pool = local_pool(monkeypatch, cards)
+        run_threads(8, lambda _, pool=pool: pool.acquire(timeout=20).release())
+        monitor = pool._engine.monitor
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count(f"{monitor._name}-monitor") == 1
+        assert monitor.restarts == 0
+        pool.close()
+
+
+def test_two_open_pools_do_not_wait_for_each_other(monkeypatch, cards):
+    """Closing a pool joins its own threads only."""
+    with local_pool(monkeypatch, cards) as one:
+        one.open(wait=True)
+        two = local_pool(monkeypatch, cards)
+        two.open(wait=True)
+        assert one.stats()["threads"] == two.stats()["threads"] == 2
+        assert two._engine.monitor.stop(20)
+        two.close()
+        assert one.refresh(20)
+
+
+def test_a_thread_that_cannot_be_started_delays_and_does_not_end_polling(monkeypatch, cards):
+    """A limit on threads is not the end of the interpreter."""
+    start = threading.Thread.start
+    refused = []
+
+    def limited(thread):
+        if "poll" in thread.name and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with local_pool(monkeypatch, cards) as pool:
+        pool.acquire(timeout=20).release()
+    assert refused
+
+
+def test_a_close_that_was_interrupted_is_finished_by_the_next(monkeypatch, cards):
+    """Ctrl-C during close() leaves nothing for ever: the second close() does the rest."""
+    store = MemoryStore()
+    pool = local_pool(monkeypatch, cards, lease_store=store)
+    gpu = pool.acquire()
+
+    def interrupted(ids):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.close()
+    pool.close()
+    assert gpu.released
+    assert store.leases() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpupool-")]
+
+
+def test_an_interrupted_release_is_finished_later(pool, monkeypatch):
+    """Ctrl-C within release() and a dropped handle: the card comes back by itself."""
+    gpu = pool.acquire()
+    store = pool._engine.arbiter
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "release", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            gpu.release()
+    del gpu
+    gc.collect()
+    eventually(lambda: not store.leases(), message="the lease is released")
+    assert pool.stats()["forgotten"] == 0
+
+
+def test_a_run_again_cells_leases_can_be_released(monkeypatch, cards):
+    """Handles and pool are gone, the leases are not: any later pool can release them, and says whose they are."""
+    store = MemoryStore()
+
+    def cell():
+        pool = local_pool(monkeypatch, cards, lease_store=store)
+        pool.acquire(count=2)
+
+    cell()
+    gc.collect()
+    with local_pool(monkeypatch, cards, lease_store=store) as pool:
+        with pytest.raises(AcquireTimeout, match="this process"):
+            pool.acquire(timeout=0)
+        pool.release_all()
+        pool.acquire(timeout=0).release()
+
+
+def _with_own_store(connection, pool):
+    with pool.gpu(timeout=20) as gpu:
+        connection.send(gpu.local_gpu_id)
+    pool.close()
+    connection.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_forgets_the_leases_of_a_store_object_too(pool):
+    """A store that the user made is as new in the child as everything else."""
+    with pool.gpus(2):
+        here, there = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=_with_own_store, args=(there, pool))
+        child.start()
+        there.close()
+        assert here.poll(30)
+        assert here.recv() == 0
+        child.join(30)
+        here.close()
+
+
+def test_a_memory_pool_in_another_process_warns(monkeypatch):
+    """memory: does not reach across processes; a pool that came from another one says so."""
+    pool = pickle.loads(pickle.dumps(GPUPool(lease_store="memory:")))
+    with pytest.warns(ExclusivityWarning, match="do not see each other"):
+        pool._make_store()
+
+
+def test_local_cards_stay_when_endpoints_come_and_go(monkeypatch, cards):
+    """Adding a server to a pool of this machine's cards keeps these, also over close() and open()."""
+    with local_pool(monkeypatch, cards) as pool:
+        pool.open(wait=True)
+        (here,) = pool._engine.endpoints
+        with pytest.raises(ConfigError, match=here):
+            pool.add_endpoint("http://127.0.0.1:9", name=here)
+        pool.add_endpoint("http://127.0.0.1:9", name="far")
+        pool.close()
+        pool.open()
+        assert list(pool._engine.endpoints) == [here, "far"]
+        pool.remove_endpoint("far")
+        pool.remove_endpoint(here)
+        with pytest.raises(NoSuchGPU):
+            pool.acquire()
+        with pytest.raises(ConfigError, match="belong into the Endpoint"):
+            pool.add_endpoint(Endpoint("http://127.0.0.1:9"), token="t")
+
+
+def test_too_many_on_one_host_are_explained(pool):
+    """Four cards that are free but not together: the error says how many one host has."""
+    with pytest.raises(NoSuchGPU, match="3 of one host are needed; the most that are free on one are 2"):
+        pool.acquire(count=3)
+
+
+def test_an_unknown_endpoint_is_named(pool):
+    """A typo in ``endpoint=`` is answered with the names there are."""
+    with pytest.raises(NoSuchGPU, match="this pool has no endpoint gpu7; it has"):
+        pool.acquire(endpoint="gpu7")
+
+
+def test_a_misspelt_argument_is_named_by_the_method(pool):
+    """The error is about the method that the user called."""
+    with pytest.raises(TypeError, match=r"gpu\(\).*modle"):
+        pool.gpu(modle="A100")
+
+
+def test_the_timeout_error_carries_its_explanation(pool):
+    """What the message says is there as data too."""
+    with pool.gpus(2), pytest.raises(AcquireTimeout) as info:
+        pool.acquire(timeout=0)
+    assert [card.code for card in info.value.explanation.cards] == ["held", "held"]
+    assert "test_pool.py" not in str(info.value)  # a with block needs no place
+    assert pickle.loads(pickle.dumps(info.value)).args == info.value.args

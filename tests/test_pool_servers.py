@@ -118,11 +118,12 @@ def test_several_gpus_come_from_one_host(pool):
 
 
 def test_a_remote_gpu_cannot_be_activated_here(pool):
-    """Masking this process with a card of another machine is an error that shows the way."""
+    """Masking this process with a card that is not in this machine is an error, never a silent wrong card."""
     with pool.gpu() as gpu:
         assert not gpu.is_local
-        for use in (gpu.activate, lambda: gpu.device, lambda: gpu.run(["true"]), lambda: gpu.popen(["true"])):
-            with pytest.raises(RemoteGPUError, match=f"CUDA_VISIBLE_DEVICES={gpu.uuid}"):
+        uses = (gpu.activate, gpu.env, lambda: gpu.device, lambda: gpu.run(["true"]), lambda: gpu.popen(["true"]))
+        for use in uses:
+            with pytest.raises(RemoteGPUError, match="simulated GPU"):
                 use()
 
 
@@ -186,7 +187,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_of_three_fails_and_comes_back(fleet, fault):
     """The others are not affected, its GPUs are not granted, and after recovery they are."""
-    with make_pool(fleet, endpoint_timeout=0.3) as pool:
+    with make_pool(fleet, endpoint_timeout=0.5) as pool:
         pool.open(wait=True)
         FAULTS[fault](fleet[0])
         breaker(pool, "alpha", "open")
@@ -196,7 +197,7 @@ def test_one_of_three_fails_and_comes_back(fleet, fault):
         down = endpoint(pool, "alpha")
         assert (down.is_healthy, down.available_gpus, down.total_gpus) == (False, 0, 4)
         assert down.last_error
-        assert endpoint(pool, "beta").consecutive_failures == 0
+        eventually(lambda: endpoint(pool, "beta").consecutive_failures == 0, message="beta is well")
         fleet[0].heal()
         breaker(pool, "alpha", "closed")
         back = [pool.acquire(timeout=20) for _ in range(4)]

@@ -198,7 +198,7 @@ class TicketQueue:
     ) -> list[str]:
         """Let the ready tickets take, in order, what is free; returns those of them that must still be hinted."""
         hints: list[str] = []
-        head_found = False  # only the first live ticket for several cards may hold cards back
+        head_found = False  # only the first live ticket that cannot be served yet may hold cards back
         free = set(self._loose)
         for ticket in self._order:
             if not free or (before is not None and ticket.order >= before):
@@ -206,8 +206,10 @@ class TicketQueue:
             if not ticket.ready(now):
                 continue
             claim = ticket.claim
-            collects = not head_found and claim.count > 1 and claim.reserve and now - ticket.spoke_at < RESERVE_TIME
-            head_found = head_found or collects
+            # A wish for several cards starves behind wishes for one, a wish for a whole card behind shares.
+            greedy = claim.count > 1 or claim.share is None
+            collects = not head_found and greedy and claim.reserve and now - ticket.spoke_at < RESERVE_TIME
+            head_found = head_found or (collects and claim.count > 1)
             if ticket.keys.isdisjoint(free):
                 continue
             # An older ticket with a choice takes what the present claim does not want, if it can.
@@ -218,8 +220,12 @@ class TicketQueue:
                 if ticket.hinted_at is None:
                     hints.append(claim.id)
                     ticket.hinted_at = now
-            elif collects:
+            elif collects and claim.count > 1:
                 picked = plan.collect(claim)
+            elif collects:
+                head_found = True
+                # Only shares stand on these cards: one of them takes no more, and empties.
+                picked = [wanted.key for group in claim.groups for wanted in group if wanted.key in free][:1]
             if picked:
                 plan.take(picked, claim.share)
                 free = {

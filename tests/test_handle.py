@@ -1,0 +1,190 @@
+"""The handle of a GPU of this machine: masks, commands, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import types
+
+import attrs
+import pytest
+
+from cards import Cards, local_pool
+from gpupool_sync import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError, handle
+from gpupool_sync.models import HostIdentity
+from helpers import eventually
+
+
+@pytest.fixture(autouse=True)
+def _no_mask(monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "GPU_POOL_VISIBLE"):
+        # Set and deleted, so that whatever a test leaves behind is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(handle, "_mask", handle._Mask())
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    with local_pool(monkeypatch, Cards(2)) as pool:
+        yield pool
+
+
+PRINT_MASK = [
+    sys.executable,
+    "-c",
+    "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'])",
+]
+
+
+def test_the_mask_names_the_card_by_uuid_and_order(pool):
+    """Order and mask come together, so that no program counts another card."""
+    with pool.gpu() as gpu:
+        assert gpu.env() == {
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "CUDA_VISIBLE_DEVICES": gpu.uuid,
+            "NVIDIA_VISIBLE_DEVICES": gpu.uuid,
+        }
+        assert gpu.env("index")["CUDA_VISIBLE_DEVICES"] == str(gpu.local_gpu_id)
+        with pytest.raises(ConfigError, match="uuid or index"):
+            gpu.env("number")
+    with pool.gpus(2) as gpus:
+        assert gpus.env()["CUDA_VISIBLE_DEVICES"] == ",".join(gpu.uuid for gpu in gpus)
+
+
+def test_the_form_of_the_mask_is_a_setting(pool, monkeypatch):
+    """``GPU_POOL_VISIBLE=index`` serves programs that parse integers."""
+    monkeypatch.setenv("GPU_POOL_VISIBLE", "index")
+    with pool.gpu() as gpu:
+        assert gpu.env()["CUDA_VISIBLE_DEVICES"] == str(gpu.local_gpu_id)
+
+
+def test_activate_masks_this_process_and_release_unmasks_it(pool):
+    """The card is cuda:0 while we have it; afterwards the environment is as before."""
+    with pool.gpu() as gpu:
+        assert gpu.activate() == "cuda:0"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu.uuid
+        assert gpu.device == "cuda:0"
+        assert gpu.activate() == "cuda:0"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "CUDA_DEVICE_ORDER" not in os.environ
+
+
+def test_a_second_activation_is_refused_while_the_first_lease_lives(pool):
+    """One process has one mask: two threads with a card each are told so, and never compute on one."""
+    with pool.gpu() as one, pool.gpu() as two:
+        one.activate()
+        with pytest.raises(GPUPoolError, match=f"masked to {one.global_gpu_id}"):
+            two.activate()
+        one.release()
+        assert two.activate() == "cuda:0"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == two.uuid
+
+
+def test_with_cuda_initialised_the_card_is_found_and_nothing_is_masked(pool, monkeypatch):
+    """A mask would be ignored, so the card's number among the visible ones is returned."""
+    torch = types.ModuleType("torch")
+    torch.cuda = types.SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with pool.gpu(uuid="GPU-00000001") as gpu:
+        with pytest.raises(GPUPoolError, match="order of its own"):
+            gpu.activate()
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        assert gpu.activate() == "cuda:1"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-00000001,GPU-00000000")
+        assert gpu.activate() == "cuda:0"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-00000000")
+        with pytest.raises(GPUPoolError, match="does not show"):
+            gpu.activate()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-00000000"
+
+
+@pytest.mark.parametrize(
+    ("mask", "order", "device"),
+    [
+        ("1,0", "PCI_BUS_ID", "cuda:0"),
+        ("1,0", None, None),  # numbers mean nothing in CUDA's own order
+        ("-1,1", "PCI_BUS_ID", None),  # CUDA sees nothing from the first invalid item on
+        ("0,1", "PCI_BUS_ID", "cuda:1"),
+        ("GPU-0000000", None, None),
+        ("GPU-00000001", None, "cuda:0"),
+        ("", "PCI_BUS_ID", None),
+    ],
+)
+def test_the_device_is_counted_as_cuda_counts(pool, monkeypatch, mask, order, device):
+    """The number is right or there is none: never another card's."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    if order:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    with pool.gpu(uuid="GPU-00000001") as gpu:
+        if mask == "GPU-0000000":  # a beginning that fits both cards names the first
+            assert gpu.device == "cuda:0"
+        elif device is None:
+            with pytest.raises(GPUPoolError):
+                _ = gpu.device
+        else:
+            assert gpu.device == device
+
+
+def test_libraries_that_are_only_imported_do_not_count_as_cuda(pool, monkeypatch):
+    """An imported TensorFlow has not initialised CUDA: the process is masked, or it would take every card."""
+    for name in ("tensorflow", "cupy"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pool.gpu() as gpu:
+        gpu.activate()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu.uuid
+
+
+def test_commands_run_masked(pool):
+    """``gpu.run`` and ``gpu.popen`` start a command that sees this card only."""
+    with pool.gpu() as gpu:
+        done = gpu.run(PRINT_MASK, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [gpu.uuid, "PCI_BUS_ID"]
+        with gpu.popen(PRINT_MASK, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.read().split() == [gpu.uuid, "PCI_BUS_ID"]
+        with pytest.raises(ConfigError, match=r"a list is allowed"):
+            gpu.run("python train.py")
+    with pytest.raises(LeaseLost):
+        gpu.run(PRINT_MASK)
+
+
+@pytest.mark.parametrize("end", ["release", "close"])
+def test_a_card_stays_leased_while_a_command_runs_on_it(pool, end):
+    """Freeing a card in use is worse than keeping it: the lease ends with the command, also across close()."""
+    gpu = pool.acquire()
+    store = pool._engine.arbiter
+    process = gpu.popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        gpu.release() if end == "release" else pool.close()
+        assert store.is_held(gpu.uuid)
+    finally:
+        process.communicate(b"\n", timeout=20)
+    eventually(lambda: not store.is_held(gpu.uuid), message="the lease ends with the command")
+
+
+def test_the_card_of_another_machine_is_refused_with_the_way_there(pool):
+    """The error has the command that would run over there."""
+    with pool.gpu() as gpu:
+        grant = gpu._tie.grant
+        sample = attrs.evolve(grant.snapshot.sample, host=HostIdentity("other", "bighost"))
+        grant.snapshot = attrs.evolve(grant.snapshot, sample=sample, is_local=False)
+        with pytest.raises(RemoteGPUError, match=rf"ssh bighost env .*CUDA_VISIBLE_DEVICES={gpu.uuid}.* nvcc -V"):
+            gpu.run(["nvcc", "-V"])
+        with pytest.raises(RemoteGPUError):
+            gpu.env("index")
+
+
+def test_a_handle_cannot_be_pickled(pool):
+    """A handle belongs to its process; the error says what to pass instead."""
+    with pool.gpu() as gpu, pytest.raises(TypeError, match="belongs to its process"):
+        pickle.dumps(gpu)
+
+
+def test_a_forgotten_with_is_explained(pool):
+    """``pool.gpu()`` without ``with`` is no GPU; what is asked of it says how to get one."""
+    context = pool.gpu()
+    assert "with pool.gpu() as gpu" in repr(context)
+    with pytest.raises(AttributeError, match=r"use `with pool\.gpu"):
+        _ = context.uuid
