@@ -110,7 +110,6 @@ def test_the_version_is_printed(capsys):
         ["status", "--no-such-option"],
         ["status", "--timeout", "-1"],
         ["status", "--count", "3"],
-        ["status", "--json", "--watch"],
         ["why", "--count", "0"],
         ["demo", "--jobs", "1000", "--seconds-per-job", "10"],
     ],
@@ -121,6 +120,22 @@ def test_a_wrong_command_line_exits_2(args, capsys):
     assert status == 2
     assert out == ""
     assert "Error: " in err
+
+
+@pytest.mark.parametrize("args", [["status", "--watch"], ["why", "--count", "0"], ["doctor", "--no-such-option"]])
+def test_a_wrong_command_line_with_json_is_an_object_too(args, capsys):
+    """Who reads JSON reads it also when the options were wrong: one object, exit status 1."""
+    status, answer = run_json(capsys, *args)
+    assert status == 1
+    assert answer["error"]["type"] == "UsageError"
+    assert answer["error"]["message"]
+
+
+def test_status_fails_when_no_server_answers(server, capsys):
+    """A script can ask `status` whether there is anything to be had: 1 if nobody answers, 0 if somebody does."""
+    with servers.refusing() as dead:
+        assert run(capsys, "status", "--endpoints", f"dead={dead}")[0] == 1
+        assert run(capsys, "status", "--endpoints", f"dead={dead},one={server.url}")[0] == 0
 
 
 def test_credentials_are_refused_on_the_command_line(capsys):

@@ -87,6 +87,10 @@ def _run(argv: Sequence[str] | None, call: Call) -> int:
         status = cli.main(args=args, prog_name="gpupool-sync", obj=call, standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.ClickException as exc:
+        if "--json" in (sys.argv[1:] if args is None else args):
+            # Whoever reads JSON reads it also when the options were wrong.
+            print_json({"error": {"type": "UsageError", "message": exc.format_message()}})
+            return 1
         exc.show()
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -52,23 +53,24 @@ def status(endpoints: str | None, timeout: float | None, as_json: bool, watch: f
     Show the servers, their GPUs, and who holds them.
 
     A GPU counts as free if a whole one would be granted now, as far as this command can see; the last lines say how far
-    that is.
+    that is. Exit status 1 if no server answers.
     """
     if as_json and watch is not None:
         raise click.UsageError("--json prints one value; leave --watch out")
     if count is not None and watch is None:
         raise click.UsageError("--count counts the readings of --watch; give both")
     with looking_pool(endpoints, timeout) as pool:
-        if as_json:
-            print_json(pool.status())
-        elif watch is None:
-            make_console().print(render(pool.status()))
-        else:
-            try:
+        if watch is not None:
+            with contextlib.suppress(KeyboardInterrupt):  # the way to end it
                 _watch(pool, watch, count)
-            except KeyboardInterrupt:
-                return 0  # the way to end it
-    return 0
+            return 0
+        state = pool.status()
+        if as_json:
+            print_json(state)
+        else:
+            make_console().print(render(state))
+        # For scripts: a pool none of whose servers answers is of no use to anybody.
+        return 0 if state.healthy_endpoints else 1
 
 
 def _watch(pool: GPUPool, interval: float, count: int | None) -> None:
