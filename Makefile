@@ -10,7 +10,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 
 # Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
-TEST_SYSTEM_PACKAGES ?=
+TEST_SYSTEM_PACKAGES ?= redis-server
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

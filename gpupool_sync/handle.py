@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError
 from gpupool_sync.models import Card, Snapshot
 
@@ -35,6 +36,7 @@ class Grant:
         "children",
         "delivered",
         "forgotten",
+        "good_until",
         "id",
         "lease",
         "lost",
@@ -68,7 +70,17 @@ class Grant:
         self.children: list[subprocess.Popen[Any]] = []
         self.on_lost: Callable[[Any], object] | None = None
         self.tie_ref: object = None
+        #: ``clock.boottime`` at which a lease with a ttl is lost unless it is renewed before; None: it has no end.
+        self.good_until: Callable[[], float | None] = lambda: None
         self.owner: Callable[[], object] = lambda: None  # weak reference to the pool
+
+    def why_lost(self) -> str | None:
+        """Why the lease is gone though nobody released it, by the clock of this moment; None if it is not."""
+        if self.lost is None and not self.released:
+            end = self.good_until()
+            if end is not None and boottime() >= end:
+                self.lost = "its arbiter took it back, or did not confirm it in time"
+        return self.lost
 
 
 class Tie:
@@ -159,7 +171,7 @@ class _Handle:
     @property
     def lost(self) -> bool:
         """Whether the lease is gone though nobody released it. Final: a lost handle never becomes good again."""
-        return self._tie.grant.lost is not None
+        return self._tie.grant.why_lost() is not None
 
     def check(self) -> None:
         """
@@ -169,8 +181,8 @@ class _Handle:
             LeaseLost: the lease was lost, or has been released.
         """
         grant = self._tie.grant
-        if grant.lost is not None:
-            raise LeaseLost(f"the lease on {self._names()} is lost: {grant.lost}")
+        if (why := grant.why_lost()) is not None:
+            raise LeaseLost(f"the lease on {self._names()} is lost: {why}")
         if grant.released:
             raise LeaseLost(f"the lease on {self._names()} was released before")
 
@@ -463,7 +475,7 @@ class _Mask:
                 return _position(handle._all_cards[0], handle._names())
             mine = self._grant
             if mine is not None and mine is not grant and mine.pid == os.getpid():
-                if not mine.released and mine.lost is None:
+                if not mine.released and mine.why_lost() is None:
                     held = ", ".join(card.global_gpu_id for card in mine.cards)
                     raise GPUPoolError(
                         f"this process is masked to {held}, whose lease it still holds; one process sees one mask. "

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, overload
 
@@ -46,6 +47,7 @@ from gpupool_sync.waiting import Waiter, WaitingRoom, listener
 
 if TYPE_CHECKING:
     from gpupool_sync.endpoint import PolledEndpoint
+    from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
     from gpupool_sync.status import Explanation, Status
 
@@ -57,6 +59,10 @@ KEPT_DURATIONS = 1000
 EXPLAINED_CARDS = 20
 #: Seconds of waiting after which a pool whose endpoints are all down says so once.
 LONG_WAIT = 10.0
+#: Seconds between attempts to tell an arbiter of a release that it did not hear.
+RETRY_RELEASE = 5.0
+#: The longest ttl there is, seconds.
+MAX_TTL = 300.0
 #: Screened snapshots that are remembered, per endpoint, for requests that come again.
 REMEMBERED_REQUESTS = 8
 
@@ -70,19 +76,25 @@ Names = Union[str, Sequence[str], None]  # noqa: UP007 - an alias that runs on P
 class _Engine:
     """What an open pool runs; replaced as a whole, so that no thread sees half of it."""
 
-    __slots__ = ("arbiter", "endpoints", "first", "monitor", "unsubscribe")
+    __slots__ = ("arbiter", "endpoints", "first", "keeper", "monitor", "servers", "unsubscribe")
 
-    def __init__(self, endpoints: Mapping[str, PolledEndpoint], monitor: Monitor, arbiter: LeaseStore) -> None:
+    def __init__(
+        self, endpoints: Mapping[str, PolledEndpoint], monitor: Monitor, arbiter: LeaseStore, keeper: Keeper
+    ) -> None:
         self.endpoints = endpoints  # by id, in the order of the settings; replaced, never changed
         self.monitor = monitor
+        self.keeper = keeper
+        #: Who arbitrates what no server of ours does.
         self.arbiter = arbiter
+        #: Servers that arbitrate their own cards, by endpoint id; replaced, never changed.
+        self.servers: Mapping[str, LeaseStore] = {}
         #: Done when every endpoint has answered or failed once; None when nobody need wait for that any more.
         self.first: Sequence[Any] | None = None
-        self.unsubscribe: Callable[[], None] = lambda: None
+        self.unsubscribe: list[Callable[[], None]] = []
 
     def store_of(self, endpoint_id: str) -> LeaseStore:
         """Who arbitrates the cards of the endpoint."""
-        return self.arbiter
+        return self.servers.get(endpoint_id, self.arbiter)
 
 
 class _Seen:
@@ -313,6 +325,7 @@ class GPUPool:
         # This machine's own cards, read without a server: what there is when no endpoint is configured.
         self._reads_devices = not settings.endpoints
         self._inherited = False  # came here by fork or in a pickle
+        self._warned_of_scope = False
         self._fresh_state()
         self._me = weakref.ref(self)
         _pools.add(self)
@@ -333,6 +346,8 @@ class GPUPool:
         self._watched: dict[object, Grant] = {}
         self._dropped: deque[Any] = deque()
         self._leaving: deque[Grant] = deque()  # released while a child of popen() still ran
+        self._unheard: deque[Grant] = deque()  # released, but the arbiter could not be told
+        self._unheard_at = 0.0
         self._screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
         # Endpoints whose cards are in this machine; those that are said to be, before they have answered.
         self._local_ids = frozenset(each.id for each in self._endpoint_configs if each.local)
@@ -373,6 +388,7 @@ class GPUPool:
         # Imported here: they bring requests, pybreaker and logging along, which a script that only imports us, or
         # a parent that only forks, should not pay for.
         from gpupool_sync.endpoint import make_endpoint, make_local_endpoint
+        from gpupool_sync.keeper import Keeper
         from gpupool_sync.monitor import Monitor
 
         settings = self._settings
@@ -393,6 +409,11 @@ class GPUPool:
             if pool is not None:
                 pool._last_free.pop(endpoint.id, None)
 
+        def on_lost(lease_id: str) -> None:
+            pool = me()
+            if pool is not None:
+                pool._lease_lost(lease_id)
+
         def housekeeping() -> bool:
             pool = me()
             if pool is None:
@@ -407,8 +428,8 @@ class GPUPool:
             housekeeping=housekeeping,
             name=self._thread_name(),
         )
-        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter)
-        engine.unsubscribe = arbiter.subscribe(self._waiting.hint)
+        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost))
+        engine.unsubscribe.append(arbiter.subscribe(self._waiting.hint))
         engine.first = monitor.poll_soon(engine.endpoints)
         _register_exit_hook()
         self._engine = engine
@@ -449,11 +470,12 @@ class GPUPool:
             from gpupool_sync.leases.host import host_store
 
             return host_store(directory or None)
-        raise ConfigError(f"lease_store={config.redact_url(asked)!r}: this version has 'memory:' and 'host:' only")
+        from gpupool_sync.leases.redis import redis_store
+
+        return redis_store(asked)
 
     def _default_store(self) -> LeaseStore:
-        """The kernel locks of this host; a warning where that is less than one may think."""
-        remote = [each.id for each in self._endpoint_configs if not each.is_loopback and each.local is not True]
+        """The kernel locks of this host."""
         try:
             from gpupool_sync.leases.host import host_store
         except ConfigError:  # no such locks on this platform
@@ -466,15 +488,67 @@ class GPUPool:
                 stacklevel=_user_stacklevel(),
             )
             return shared_store()
-        if remote:
+        return host_store()
+
+    def _adopt_server(self, engine: _Engine, snapshot: Snapshot) -> None:
+        """
+        Let a server of ours arbitrate its own cards, unless the user chose an arbiter for everything.
+
+        This machine's own cards stay with the kernel locks that its server uses too, if it is the same directory: a
+        process in a container cannot see that one, and asks the server.
+        """
+        offer = snapshot.sample.leases
+        if offer is None or snapshot.endpoint_id in engine.servers or self._settings.lease_store is not None:
+            return
+        if snapshot.is_local and engine.arbiter.description == f"host:{offer.lock_dir}":
+            return
+        with self._lifecycle:
+            mine = next((each for each in self._endpoint_configs if each.id == snapshot.endpoint_id), None)
+            if mine is None or snapshot.endpoint_id in engine.servers or engine is not self._engine:
+                return
+            from gpupool_sync.leases.http import HTTPStore
+
+            store = HTTPStore(mine, self._settings)
+            engine.unsubscribe.append(store.subscribe(self._waiting.hint))
+            engine.servers = {**engine.servers, snapshot.endpoint_id: store}
+        logger.info("leases on %s: %s (scope: %s)", snapshot.endpoint_id, store.description, store.scope)
+
+    def _warn_of_scope(self, engine: _Engine) -> None:
+        """Once: cards of other machines that are guarded among fewer than everybody who can reach them."""
+        snapshots, _ = self._table.view()
+        if self._settings.lease_store is not None or self._warned_of_scope:
+            return
+        narrow = [
+            each.id
+            for each in self._endpoint_configs
+            if each.id in snapshots
+            and not each.is_loopback
+            and not snapshots[each.id].is_local
+            and engine.store_of(each.id).scope != "everybody"
+        ]
+        if narrow:
+            self._warned_of_scope = True
             warnings.warn(
-                f"leases on {', '.join(remote[:5])}{' …' if len(remote) > 5 else ''} exclude among the processes and "
-                "users of this machine, not those of other machines that use the same servers; lease_store='host:' "
-                "says that this is meant",
+                f"leases on {', '.join(narrow[:5])}{' …' if len(narrow) > 5 else ''} exclude among the processes and "
+                "users of this machine, not those of other machines that use the same servers; lease_store='redis://…' "
+                "or servers of ours (gpupool-sync serve) exclude everybody; lease_store='host:' says that this is "
+                "meant",
                 ExclusivityWarning,
                 stacklevel=_user_stacklevel(),
             )
-        return host_store()
+
+    def _lease_lost(self, lease_id: str) -> None:
+        """On the keeper's thread."""
+        grant = self._grants.get(lease_id)
+        if grant is None or grant.released or grant.lease is None:
+            return
+        why = grant.why_lost() or "its arbiter took it back"
+        grant.lost = why
+        names = ", ".join(card.global_gpu_id for card in grant.cards)
+        logger.warning("the lease on %s is lost: %s", names, why)
+        if grant.on_lost is not None:
+            tie = Tie(grant)
+            grant.on_lost(GPU(self, tie, grant.cards[0]) if len(grant.cards) == 1 else GPUs(self, tie))
 
     def close(self, timeout: float = 5.0) -> None:
         """
@@ -493,10 +567,14 @@ class GPUPool:
             return
         # Each step can be repeated, and the engine is let go of last: a close() that was interrupted is finished by
         # the next one.
-        engine.unsubscribe()
+        for unsubscribe in engine.unsubscribe:
+            unsubscribe()
         for endpoint in engine.endpoints.values():
             endpoint.abort()
         engine.monitor.stop(timeout)
+        engine.keeper.stop(timeout)
+        for store in engine.servers.values():
+            store.close()
         for endpoint in engine.endpoints.values():
             endpoint.close()
         with self._lifecycle:
@@ -557,6 +635,8 @@ class GPUPool:
         if engine is not None:
             for endpoint in engine.endpoints.values():
                 endpoint.forget_after_fork()
+            for server in engine.servers.values():
+                server.forget_after_fork()
 
     # -- the endpoints -----------------------------------------------------------------------------------------
 
@@ -662,6 +742,8 @@ class GPUPool:
         engine = self._engine
         if engine is None or snapshot.endpoint_id not in engine.endpoints:
             return
+        # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
+        self._adopt_server(engine, snapshot)
         before = self._table.update(snapshot)
         for problem in snapshot.sample.problems:
             if before is None or problem not in before.sample.problems:
@@ -686,12 +768,16 @@ class GPUPool:
         """What nobody waits for; on the monitor's thread, at least once a second."""
         self._collect_dropped()
         for _ in range(len(self._leaving)):
-            grant = self._leaving.popleft()
-            try:
-                self._release(grant)
-            except LeaseStoreError as exc:
-                logger.warning("a lease is not released yet: %s", exc)
-                self._leaving.append(grant)
+            self._release(self._leaving.popleft())
+        if self._unheard and time.monotonic() >= self._unheard_at:
+            self._unheard_at = time.monotonic() + RETRY_RELEASE
+            for _ in range(len(self._unheard)):
+                grant = self._unheard.popleft()
+                try:
+                    self._release_at_stores(grant)
+                except LeaseStoreError:
+                    if time.monotonic() - grant.begun_at < 10 * MAX_TTL:
+                        self._unheard.append(grant)
 
     # -- acquiring ---------------------------------------------------------------------------------------------
 
@@ -913,12 +999,8 @@ class GPUPool:
             if grant is None or grant.released:
                 continue
             if grant.lease is None or not grant.delivered:
-                try:
-                    # Not _give_up for a lease: a child of popen() may still run.
-                    self._give_up(grant) if grant.lease is None else self._release(grant)
-                except LeaseStoreError as exc:
-                    logger.warning("a lease is not released yet: %s", exc)
-                    self._leaving.append(grant)
+                # Not _give_up for a lease: a child of popen() may still run.
+                self._give_up(grant) if grant.lease is None else self._release(grant)
                 continue
             self._counters.add("forgotten")
             grant.forgotten = True
@@ -948,6 +1030,8 @@ class GPUPool:
             # A deadline that had passed from the beginning (timeout=0) means not to wait for others; without a
             # reading nothing could be tried even once.
             self._first_reading(engine, Deadline(None) if no_wait else deadline)
+        if not self._warned_of_scope:
+            self._warn_of_scope(engine)
         self._counters.add("requests")
         seen = self._look(engine, request)
         claims = self._claim_free(engine, grant, request, seen)
@@ -976,8 +1060,6 @@ class GPUPool:
         waiter = Waiter(grant.id)
         self._waiting.join(waiter)
         try:
-            if engine.arbiter.needs_listener:
-                listener(engine.arbiter).listen_for(self._waiting)
             while True:
                 if self._closed:
                     raise PoolClosed("the pool was closed while this call waited")
@@ -1174,6 +1256,8 @@ class GPUPool:
             store = engine.store_of(each.endpoint.id)
             by_store.setdefault(id(store), (store, []))[1].append((each, cards))
         for number, (store, mine) in enumerate(by_store.values(), 1):
+            if queue and store.needs_listener:
+                listener(store).listen_for(self._waiting)
             if self._claim(store, grant, request, mine, queue=queue, reserve=number == 1):
                 assert grant.snapshot is not None
                 self._strategy.feedback(grant.snapshot.endpoint_id, True)
@@ -1204,6 +1288,7 @@ class GPUPool:
             reserve=reserve,
             note=grant.note,
         )
+        sent_at = boottime()
         try:
             outcome = store.claim(claim)
         except LeaseStoreError as exc:
@@ -1228,9 +1313,17 @@ class GPUPool:
             raise LeaseStoreError(f"{store.description} granted cards that were not asked for")
         grant.store = store
         grant.lease = lease
+        engine = self._engine
+        if lease.ttl is not None and engine is not None:
+            # The arbiter may have granted it at an earlier try whose answer was lost.
+            engine.keeper.add(grant.id, store, lease.ttl, min(sent_at, lease.granted_at))
+            grant.good_until = partial(engine.keeper.good_until, grant.id)
         for other in grant.asked:
             if other is not store:
-                other.withdraw([grant.id])
+                try:
+                    other.withdraw([grant.id])
+                except LeaseStoreError as exc:  # the ticket ends by itself, as we do not speak for it any more
+                    logger.info("a ticket at %s was not withdrawn: %s", other.description, exc)
         return True
 
     def _make_holder(self) -> Holder:
@@ -1282,21 +1375,36 @@ class GPUPool:
                 if grant not in self._leaving:
                     self._leaving.append(grant)
                 return
+        engine = self._engine
+        if engine is not None:
+            engine.keeper.remove(grant.id)
         # Idempotent at the store, so an interrupt before the next line only makes it happen again.
-        self._release_at_stores(grant)
+        try:
+            self._release_at_stores(grant)
+        except LeaseStoreError as exc:
+            # The caller has done its part. Nobody renews the lease any more, so it ends with its ttl at the latest;
+            # until then it is tried again.
+            logger.warning(
+                "the release of %s did not arrive yet: %s", ", ".join(c.global_gpu_id for c in grant.cards), exc
+            )
+            if not grant.released:
+                self._unheard.append(grant)
         grant.released = True
         self._forget(grant)
         if grant.lease is not None:
             self._counters.released(time.monotonic() - grant.begun_at)
             forget_mask(grant)
-            engine = self._engine
             if engine is not None and grant.snapshot is not None:
                 engine.monitor.nudge(grant.snapshot.endpoint_id)
 
     def _give_up(self, grant: Grant) -> None:
         """Undo a claim whose caller will never have it."""
         if grant.pid == os.getpid():
-            self._release_at_stores(grant)
+            try:
+                self._release_at_stores(grant)
+            except LeaseStoreError as exc:
+                logger.info("a claim that was given up could not be withdrawn yet: %s", exc)
+                self._unheard.append(grant)
             grant.released = True
         self._forget(grant)
 
@@ -1353,6 +1461,7 @@ class GPUPool:
         )
         engine = self._opened()
         self._first_reading(engine, Deadline.after(None))
+        self._refresh_known(engine)
         return self._explain(asked)
 
     def _explain(self, request: GPURequest) -> Explanation:
@@ -1442,6 +1551,15 @@ class GPUPool:
             reasons[card.key] = reason
         return [(card, reasons.get(card.key)) for card in snapshot.cards]
 
+    def _refresh_known(self, engine: _Engine) -> None:
+        """Ask the arbiters of other machines who holds what, for displays; who does not answer is left out."""
+        for store in {id(each): each for each in (engine.arbiter, *engine.servers.values())}.values():
+            if store.scope == "everybody":
+                try:
+                    store.leases()
+                except LeaseStoreError as exc:
+                    logger.info("%s does not tell its leases: %s", store.description, exc)
+
     def status(self) -> Status:
         """
         The pool at this moment: totals, endpoints, cards, who holds what.
@@ -1453,6 +1571,7 @@ class GPUPool:
         engine = self._opened()
         self._collect_dropped()
         self._first_reading(engine, Deadline.after(None))
+        self._refresh_known(engine)
         snapshots, duplicates = self._table.view()
         now = boottime()
         utc = datetime.datetime.now(datetime.timezone.utc)
@@ -1537,7 +1656,7 @@ class GPUPool:
             total_gpus=total,
             available_gpus=available,
             active_workers=sum(len(workers) for workers in assignments.values()),
-            blocked_workers=len(engine.arbiter.queue()),
+            blocked_workers=self._number_waiting(engine),
             endpoints=endpoints,
             gpu_assignments=assignments,
             name=self._settings.name,
@@ -1546,6 +1665,15 @@ class GPUPool:
             open=not self._closed,
             taken_at=utc,
         )
+
+    def _number_waiting(self, engine: _Engine) -> int:
+        """Who waits at the arbiter of this machine, whatever process they are of; elsewhere only our own are known."""
+        if engine.arbiter.scope == "everybody" or engine.servers:
+            return len(self._waiting)
+        try:
+            return len(engine.arbiter.queue())
+        except LeaseStoreError:
+            return len(self._waiting)
 
     def stats(self) -> dict[str, Any]:
         """

@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ class FakeServer:
     `restart`; those of the connection (`slow`, `fail`, `error_body`, `hang`) add up.
     """
 
-    def __init__(self, cards: str, name: str, interval: float) -> None:
+    def __init__(self, cards: str, name: str, interval: float, leases: bool = True) -> None:
         self.name = name
         self._cards = cards
         self._interval = interval
@@ -71,6 +72,8 @@ class FakeServer:
         self._buffer = b""
         self._number = 0  # of the last order
         self._frozen = False
+        #: Where its locks are; None: it grants no leases. Nobody else's: the cards do not exist.
+        self.lock_dir = tempfile.mkdtemp(prefix="gpupool-fake-") if leases else None
         # Bound, but not listening: the port stays this server's while it is dead, and connections are refused.
         self._place = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -79,7 +82,12 @@ class FakeServer:
             self.port = int(self._place.getsockname()[1])
         except BaseException:
             self._place.close()
+            self._remove_locks()
             raise
+
+    def _remove_locks(self) -> None:
+        if self.lock_dir is not None:
+            shutil.rmtree(self.lock_dir, ignore_errors=True)
 
     def __repr__(self) -> str:
         state = "frozen" if self._frozen else "alive" if self.alive else "dead"
@@ -226,7 +234,13 @@ class FakeServer:
             errors.close()
             raise
         self._errors, self._buffer, self._number, self._frozen = errors, b"", 0, False
-        settings = {"cards": self._cards, "name": self.name, "interval": self._interval, "port": self.port}
+        settings = {
+            "cards": self._cards,
+            "name": self.name,
+            "interval": self._interval,
+            "port": self.port,
+            "lock_dir": self.lock_dir,
+        }
         self._send(settings)
 
     def _await_start(self, deadline: Deadline) -> None:
@@ -264,6 +278,7 @@ class FakeServer:
                 self._end_process()
             finally:
                 self._place.close()
+                self._remove_locks()
 
     def _alive_process(self) -> subprocess.Popen[bytes]:
         process = self._process
@@ -339,6 +354,7 @@ class FakeFleet(Sequence[FakeServer]):
             that tests that run at the same time never meet at one card.
         interval: seconds between two samples.
         start_timeout: seconds in which all of them must be up.
+        leases: whether the servers grant leases, as ours do; False: statistics only.
 
     Raises:
         MissingExtra: FastAPI or uvicorn is not installed.
@@ -352,6 +368,7 @@ class FakeFleet(Sequence[FakeServer]):
         names: Sequence[str] | None = None,
         interval: float = 0.1,
         start_timeout: float = 30.0,
+        leases: bool = True,
     ) -> None:
         missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
         if missing:
@@ -369,7 +386,7 @@ class FakeFleet(Sequence[FakeServer]):
         self._servers: tuple[FakeServer, ...] = ()
         try:
             for cards, name in zip(hosts, names, strict=True):
-                self._servers += (FakeServer(_cards(cards), name, interval),)
+                self._servers += (FakeServer(_cards(cards), name, interval, leases),)
             deadline = Deadline.after(start_timeout)
             for server in self._servers:
                 server._begin_process()

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any, NoReturn, TypeGuard
 
@@ -573,6 +574,33 @@ def count_document(sample: Sample, *, timestamp: str | None) -> dict[str, Any]:
 def error_document(code: str, message: str) -> dict[str, Any]:
     """An error of the lease API: *code* for programs, *message* for people."""
     return {"error": {"code": code, "message": message}}
+
+
+def load_document(body: bytes) -> dict[str, Any]:
+    """
+    Parse the body of a request or an answer of the lease API, as strictly as a summary.
+
+    Raises:
+        BadAnswer: it is not JSON, or not an object.
+    """
+    try:
+        return _load(body)
+    except _Unusable as exc:
+        message = str(exc)
+    raise BadAnswer("", message)
+
+
+def error_message(document: Mapping[str, Any]) -> str | None:
+    """What an error document says, fit for a screen; None if it is none."""
+    error = document.get("error")
+    if isinstance(error, dict):
+        error = error.get("message")
+    return _clean(error) if isinstance(error, str) else None
+
+
+def clean_text(text: str) -> str:
+    """Somebody else's text on one line, without control characters, capped."""
+    return _clean(text)
 
 
 def failure_document(message: str, timestamp: str | None) -> dict[str, Any]:

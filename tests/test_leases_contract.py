@@ -10,12 +10,15 @@ import attrs
 import pytest
 
 from gpupool_sync.clock import boottime
+from gpupool_sync.config import Endpoint, Settings
 from gpupool_sync.errors import LeaseLost, LeaseStoreError
 from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Queued, Refused, Share, Wanted
 from gpupool_sync.leases.host import HostStore
+from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, RESERVE_TIME
 from helpers import HoldLog, run_threads
+from lease_server import server_of_leases
 
 _numbers = itertools.count()
 
@@ -43,8 +46,29 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["memory", "host"])
+class Listening(HTTPStore):
+    """Takes its hints after every call, as its listener would a moment later."""
+
+    def claim(self, claim):
+        outcome = super().claim(claim)
+        self.listen(0.0)
+        return outcome
+
+    def release(self, ids):
+        super().release(ids)
+        self.listen(0.0)
+
+    withdraw = release
+
+
+@pytest.fixture(params=["memory", "host", "http"])
 def store(request, clock, tmp_path) -> Iterator[LeaseStore]:
+    if request.param == "http":
+        with server_of_leases(tmp_path / "locks", clock=clock, ticket_ttl=3600.0) as url:
+            made = Listening(Endpoint(url), Settings(), clock=clock)
+            yield made
+            made.close()
+        return
     made = MemoryStore(clock=clock) if request.param == "memory" else HostStore(str(tmp_path / "locks"), clock=clock)
     yield made
     made.close()
@@ -527,6 +551,20 @@ def test_waiters_for_shares_are_served_together(store):
     store.release([held.id])
 
     assert hints.take() == [waits[0].id, waits[1].id]
+
+
+def test_a_waiter_for_a_whole_card_is_not_starved_by_shares(store, clock):
+    """While somebody waits for the whole card, no younger share joins those that are on it."""
+    share = Share(memory_mb=1000.0)
+    first = claim("a", who="share", share=share, room=10_000.0)
+    store.claim(first)
+    whole = claim("a", who="whole", queue=True)
+    store.claim(whole)
+    younger = claim("a", who="younger", share=share, room=10_000.0, queue=True)
+
+    assert isinstance(store.claim(younger), Queued)
+    store.release([first.id])
+    assert granted(store.claim(whole)) == ("a",)
 
 
 def test_the_queue_can_be_looked_at(store, clock):

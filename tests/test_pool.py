@@ -13,6 +13,7 @@ import time
 import warnings
 
 import pytest
+import responses
 
 from cards import Cards, local_pool
 from gpupool_sync import (
@@ -556,18 +557,33 @@ def test_the_default_arbiter_is_the_host(monkeypatch, cards):
         assert pool.status().endpoints[0].arbiter == f"host:{os.environ['GPU_POOL_LOCK_DIR']}"
 
 
-def test_remote_cards_guarded_on_this_machine_only_warn():
+@pytest.fixture
+def statistics_server():
+    """A statistics server on another machine; nothing leaves this one."""
+    card = {"gpu_id": 0, "name": "A100", "uuid": "GPU-far", "memory_usage_percent": 0, "utilization_percent": 0}
+    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        mock.get("http://gpu1:8000/gpu/summary", json={"gpu_count": 1, "gpus_summary": [card]})
+        yield "http://gpu1:8000"
+
+
+def test_remote_cards_guarded_on_this_machine_only_warn(statistics_server):
     """Leases that exclude less than one may think say so, once, at the caller's line."""
-    # Only the choice of the arbiter: tests talk to nobody but loopback.
-    pool = GPUPool("http://gpu1:8000,http://127.0.0.1:9")
-    with pytest.warns(ExclusivityWarning, match="gpu1-8000 exclude among the processes") as caught:
-        pool._make_store()
-    assert caught[0].filename == __file__
-    assert "127.0.0.1" not in str(caught[0].message)
-    for meant in ("host:", "memory:"):
+    with GPUPool(statistics_server) as pool:
+        with pytest.warns(ExclusivityWarning, match="gpu1-8000 exclude among the processes") as caught:
+            pool.acquire(timeout=20).release()
+        assert caught[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            GPUPool("http://gpu1:8000", lease_store=meant)._make_store()
+            pool.acquire(timeout=20).release()
+
+
+@pytest.mark.parametrize("meant", ["host:", "memory:"])
+def test_a_scope_that_is_asked_for_is_no_surprise(statistics_server, meant):
+    """Who names the arbiter has been warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with GPUPool(statistics_server, lease_store=meant) as pool:
+            pool.acquire(timeout=20).release()
 
 
 def test_errors_of_reading_are_told(monkeypatch, cards):

@@ -57,6 +57,13 @@ import click
     metavar="TEXT",
     help="Name of the simulated host; its GPUs' UUIDs follow from it.  [default: this machine's name]",
 )
+@click.option(
+    "--lock-dir",
+    metavar="DIRECTORY",
+    help="Where the locks of the GPUs are; the same as for all processes of this machine.  "
+    "[default: GPU_POOL_LOCK_DIR, or the system's lock directory; a private one with --simulate]",
+)
+@click.option("--no-leases", is_flag=True, help="Serve statistics only; grant no leases to other machines.")
 @click.pass_context
 def serve(
     context: click.Context,
@@ -70,9 +77,11 @@ def serve(
     simulate_noise: float,
     seed: int,
     name: str | None,
+    lock_dir: str | None,
+    no_leases: bool,
 ) -> None:
     """
-    Serve this host's GPU statistics by HTTP, until interrupted.
+    Serve this host's GPU statistics, and leases on its GPUs, by HTTP, until interrupted.
 
     Pools read them: export GPU_SERVICE_ENDPOINTS=http://HOST:PORT
     """
@@ -85,7 +94,9 @@ def serve(
     from gpupool_sync import devices
     from gpupool_sync.server import run
 
-    options = run.Options.resolve(host=host, port=port, interval=interval, log_level=log_level)
+    options = run.Options.resolve(
+        host=host, port=port, interval=interval, log_level=log_level, leases=not no_leases, lock_dir=lock_dir
+    )
     reader: devices.Reader
     if simulate is None:
         reader = devices.open_reader()

@@ -12,7 +12,7 @@ import random
 import re
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
@@ -24,6 +24,9 @@ from gpupool_sync.models import ComputeProcess, GPUFault, GPUReading, HostIdenti
 MOST_CARDS = 10_000
 #: Memory that an idle card uses, in MiB.
 IDLE_MEMORY_MB = 3.0
+#: What a leased card shows at least, in percent.
+LEASED_MEMORY_PERCENT = 60.0
+LEASED_UTILIZATION_PERCENT = 80.0
 #: Seconds that a foreign job runs, or a card stays without one.
 JOB_TIME = 60.0
 
@@ -91,6 +94,7 @@ class _State:
     loads: dict[int, _Load] = attrs.field(factory=dict)
     lost: frozenset[int] = frozenset()
     empty: bool = False
+    leased: frozenset[str] = frozenset()
 
 
 class SimulatedReader:
@@ -143,16 +147,19 @@ class SimulatedReader:
             if index in state.lost:
                 faults.append(GPUFault("GPU is lost (simulated)", index, self._uuids[index], self._names[index]))
             else:
-                gpus.append(self._read_card(index, state.loads.get(index, _Load()), then))
+                gpus.append(self._read_card(index, state.loads.get(index, _Load()), then, state.leased))
         return Sample(tuple(gpus), then, tuple(faults), self.host)
 
-    def _read_card(self, index: int, load: _Load, then: float) -> GPUReading:
+    def _read_card(self, index: int, load: _Load, then: float, leased: frozenset[str]) -> GPUReading:
         total = self._memory[index]
         memory, busy = self._foreign_load(index, then)
         occupied = memory > 0.0
         if load.memory_percent is not None:
             memory, busy = load.memory_percent, load.memory_percent
             occupied = load.process and memory > 0.0
+        elif self._uuids[index] in leased:
+            # Without a process: a lease explains it.
+            memory, busy = max(memory, LEASED_MEMORY_PERCENT), max(busy, LEASED_UTILIZATION_PERCENT)
         if load.utilization_percent is not None:
             busy = load.utilization_percent
         used = max(IDLE_MEMORY_MB, round(total * memory / 100.0))
@@ -221,9 +228,14 @@ class SimulatedReader:
         """The host shows no cards any more."""
         self._change(lambda state: attrs.evolve(state, empty=True))
 
+    def set_leased(self, uuids: Iterable[str]) -> None:
+        """From now on (seen after the lag) these cards, and no others, show the load of a lease."""
+        leased = frozenset(uuids)
+        self._change(lambda state: attrs.evolve(state, leased=leased))
+
     def heal(self) -> None:
-        """All cards are as they were."""
-        self._change(lambda state: _State())
+        """All cards are as they were, but for their leases."""
+        self._change(lambda state: _State(leased=state.leased))
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._names):

@@ -28,7 +28,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from gpupool_sync.clock import boottime
@@ -72,6 +72,8 @@ RECORD_TIME = 0.25
 GUARD_TIME = 0.2
 #: Ids that are remembered as gone; the claims of one process are never late by more than a thread's time slice.
 MAX_GONE = 10_000
+#: Seconds that a server's word for a remote holder is believed at most: the longest ttl, and the server's downtime.
+MAX_REMOTE = 600.0
 #: Explanations name at most so many cards.
 MAX_REASONS = 64
 
@@ -229,6 +231,7 @@ def _unusable(path: str, exc: OSError) -> str:
     return f"the lock directory {path} {why}; {VARIABLE} names another one (the same for all users)"
 
 
+@lru_cache(maxsize=65536)
 def _file_name(key: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,99}", key):
         return f"gpu-{key}"
@@ -246,9 +249,12 @@ def _take(file: _Descriptor, how: int) -> bool:
 class _Held:
     """A lease of this process with the descriptors that are its locks."""
 
-    __slots__ = ("files", "lease", "names")
+    __slots__ = ("files", "guard", "lease", "names")
 
     def __init__(self, lease: Lease, files: list[_Descriptor], names: list[str]) -> None:
+        # Guards the descriptors of `files`: two threads that release one lease must not both use them. One of them
+        # would unlock, or write into, whatever file got the same number in between. Held for a few short calls.
+        self.guard = threading.Lock()
         self.lease = lease
         self.files = files
         self.names = names
@@ -296,11 +302,14 @@ class HostStore:
         # two threads do to one lease id at the same time is settled when the result is entered here.
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}  # by lease id
+        self._remote: dict[str, float] = {}  # lease id -> until when its holder, on another machine, is believed
         self._mine: dict[str, str] = {}  # card key -> a lease id of this process
         self._tickets: dict[str, _Ticket] = {}  # by claim id
         self._ticket_ids: dict[str, str] = {}  # ticket name -> claim id
         self._gone: set[str] = set()
         self._gone_order: deque[str] = deque()
+        self._listing: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
+        self._checked: dict[str, float] = {}  # card key -> when the kernel was asked whether its holder lives
         self._records: dict[str, tuple[float, dict[str, Any] | None]] = {}  # card key -> read at, record
         self._hints: tuple[Hint, ...] = ()
         self._socket: socket.socket | None = None
@@ -421,11 +430,15 @@ class HostStore:
             )
             if locked is None:
                 continue
+            record = _read(locked[0][0])
+            if claim.share is None and self._spoken_for(record, locked[0][1], claim.id):
+                locked[0][0].close()
+                continue
             for file, name in locked:
                 files.append(file)
                 names.append(name)
             keys.append(wanted.key)
-            records.append(_read(locked[0][0]))
+            records.append(record)
         if len(keys) < claim.count:
             for file in files:
                 file.close()
@@ -472,10 +485,14 @@ class HostStore:
             if not _take(card, fcntl.LOCK_SH) or not self._directory.is_current(card, name, self._directory.fd):
                 card.close()
                 return None
-            if not _fits(self._live_shares(name), share, wanted.room_mb):
+            own = f"{name}.share-{_digest(claim_id)}"
+            record = _read(card)
+            whole = record is not None and record.get("share") is None
+            if (whole and self._spoken_for(record, name, claim_id)) or not _fits(
+                self._live_shares(name, own), share, wanted.room_mb
+            ):
                 card.close()
                 return None
-            own = f"{name}.share-{hashlib.sha256(claim_id.encode()).hexdigest()[:24]}"
             file, _ = self._directory.open_shared_file(own, self._directory.fd)
             if not _take(file, fcntl.LOCK_EX):
                 card.close()
@@ -485,19 +502,38 @@ class HostStore:
         finally:
             guard.close()
 
-    def _live_shares(self, name: str) -> list[dict[str, Any]]:
-        """The records of the card's shares that a living process holds; files of dead ones are removed."""
+    def _live_shares(self, name: str, own: str | None = None) -> list[dict[str, Any]]:
+        """The records of the card's shares that are held (but for *own*); files of dead ones are removed."""
         found: list[dict[str, Any]] = []
         for other in os.listdir(self._directory.fd):
             if not other.startswith(f"{name}.share-"):
                 continue
             with contextlib.suppress(OSError):
                 file = _Descriptor(os.open(other, _OPEN, dir_fd=self._directory.fd))
-                if _take(file, fcntl.LOCK_EX):
-                    os.unlink(other, dir_fd=self._directory.fd)
+                record = _read(file) or {}
+                if not _take(file, fcntl.LOCK_EX) or (other != own and self._unexpired(record)):
+                    found.append(record.get("share") or {})
                 else:
-                    found.append((_read(file) or {}).get("share") or {})
+                    os.unlink(other, dir_fd=self._directory.fd)
         return found
+
+    def _unexpired(self, record: Mapping[str, Any]) -> bool:
+        until = record.get("remote_until")
+        return (
+            isinstance(until, (int, float))
+            and record.get("boot") == self._boot
+            and record.get("released_at") is None
+            and 0.0 < until - self._clock() <= MAX_REMOTE
+        )
+
+    def _spoken_for(self, record: Mapping[str, Any] | None, name: str, claim_id: str) -> bool:
+        """Whether a server that is down holds the card for somebody elsewhere, although the kernel says free."""
+        if record is None or record.get("released_at") is not None:
+            return False
+        if record.get("share") is None:
+            return self._unexpired(record) and record.get("remote") != _digest(claim_id)
+        # The card's file has the record of one of its shares only.
+        return bool(self._live_shares(name))
 
     def _reasons(self, claim: Claim) -> dict[str, Reason]:
         reasons: dict[str, Reason] = {}
@@ -534,10 +570,14 @@ class HostStore:
             "note": None if lease.note is None else lease.note[:200],
             "cards": len(lease.cards),
             "key": next((key for key in lease.cards if _file_name(key) == name), None),
+            **({} if lease.id not in self._remote else self._remote_of(lease.id)),
             "share": None
             if lease.share is None
             else {"memory_mb": lease.share.memory_mb, "places": lease.share.places},
         }
+
+    def _remote_of(self, lease_id: str) -> dict[str, Any]:
+        return {"remote_until": self._remote[lease_id], "remote": _digest(lease_id)}
 
     def _write(self, file: _Descriptor, record: Mapping[str, Any]) -> None:
         data = json.dumps(record, separators=(",", ":")).encode()
@@ -551,6 +591,8 @@ class HostStore:
         known = self._records.get(key)
         if known is not None and not fresh and now - known[0] < RECORD_TIME:
             return known[1]
+        if not fresh and key not in self._mine and _file_name(key) not in self._files(now):
+            return None  # nobody ever held it: true of most cards of a large fleet, and cheaper than to ask for each
         record = None
         with contextlib.suppress(OSError):
             file = _Descriptor(
@@ -586,6 +628,14 @@ class HostStore:
                     found.append((_read(file) or {}).get("share") or {})
         return found
 
+    def _files(self, now: float) -> frozenset[str]:
+        """The names in the directory, at most `RECORD_TIME` old."""
+        read_at, names = self._listing
+        if now - read_at >= RECORD_TIME:
+            names = frozenset(self._names())
+            self._listing = now, names
+        return names
+
     def _free_by_record(self, key: str, *, shared: bool) -> bool:
         record = self._record(key, fresh=True)
         if record is None or record.get("released_at") is not None:
@@ -595,6 +645,12 @@ class HostStore:
     # -- giving back -------------------------------------------------------------------------------------------
 
     def release(self, ids: Iterable[str]) -> None:
+        try:
+            self._release(ids)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
+
+    def _release(self, ids: Iterable[str]) -> None:
         freed: list[str] = []
         waited = False
         for lease_id in ids:
@@ -607,6 +663,7 @@ class HostStore:
                 freed += held.lease.cards
                 with self._lock:
                     self._held.pop(lease_id, None)
+                    self._remote.pop(lease_id, None)
                     for key in held.lease.cards:
                         if self._mine.get(key) == lease_id:
                             del self._mine[key]
@@ -620,19 +677,20 @@ class HostStore:
 
     def _free(self, held: _Held) -> None:
         now = self._clock()
-        for file, name in zip(held.files, held.names, strict=True):
-            if file.fd < 0:
-                continue
-            # Nothing that goes wrong with a record may keep the card.
-            with contextlib.suppress(OSError):
-                if held.lease.share is None:
-                    self._write(file, self._record_of(held.lease, name, released_at=now))
-                elif ".share-" in name:
-                    os.unlink(name, dir_fd=self._directory.fd)
-            # For all: a forked child has the same lock through its copy of the descriptor.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file.fd, fcntl.LOCK_UN)
-            file.close()
+        with held.guard:
+            for file, name in zip(held.files, held.names, strict=True):
+                if file.fd < 0:
+                    continue
+                # Nothing that goes wrong with a record may keep the card.
+                with contextlib.suppress(OSError):
+                    if held.lease.share is None:
+                        self._write(file, self._record_of(held.lease, name, released_at=now))
+                    elif ".share-" in name:
+                        os.unlink(name, dir_fd=self._directory.fd)
+                # For all: a forked child has the same lock through its copy of the descriptor.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file.fd, fcntl.LOCK_UN)
+                file.close()
         for key in held.lease.cards:
             if held.lease.share is not None:
                 self._note_last_share(key, held.lease, now)
@@ -644,8 +702,93 @@ class HostStore:
             locked = self._lock_card(key)
             if locked is not None:
                 file, name = locked[0]
-                self._write(file, self._record_of(lease, name, released_at=now))
+                if not self._live_shares(name):
+                    self._write(file, self._record_of(lease, name, released_at=now))
                 file.close()
+
+    # -- for holders on other machines ---------------------------------------------------------------------------
+
+    def claim_until(self, claim: Claim, until: float) -> Outcome:
+        """
+        `claim`, by the host's server on behalf of somebody elsewhere.
+
+        Should the server die, the card stays closed until *until* (on `clock`): its holder may still compute.
+        """
+        self._remote[claim.id] = until
+        outcome: Outcome | None = None
+        try:
+            outcome = self.claim(claim)
+        finally:
+            if not isinstance(outcome, Granted):
+                self._remote.pop(claim.id, None)
+        return outcome
+
+    def extend(self, lease_id: str, until: float) -> None:
+        """Move the end of a lease of `claim_until`."""
+        with self._lock:
+            held = self._held.get(lease_id)
+            if held is None:
+                return
+            self._remote[lease_id] = until
+        with held.guard:
+            for file, name in zip(held.files, held.names, strict=True):
+                # The record informs and covers the server's death; the lease itself is the kernel's lock.
+                with contextlib.suppress(OSError):
+                    if file.fd >= 0:
+                        self._write(file, self._record_of(held.lease, name, released_at=None))
+
+    @property
+    def path(self) -> str:
+        """Of the lock directory."""
+        return self._path
+
+    def drop_ticket(self, claim_id: str) -> None:
+        """Leave the queue without ending the id: a later claim of it is served."""
+        if claim_id in self._tickets:
+            self._drop_ticket(claim_id)
+            self._pass_on()
+
+    def retake(self, lease: Lease, rooms: Sequence[float | None], until: float) -> bool:
+        """After the server's restart: lock the cards of *lease* again; False if it was released, or one is taken."""
+        self._remote[lease.id] = until
+        files: list[_Descriptor] = []
+        names: list[str] = []
+        for key, room in zip(lease.cards, rooms, strict=True):
+            if lease.share is None:
+                locked = self._lock_card(key)
+                # The record is newer than what the server remembers.
+                if locked and not self._is_of(_read(locked[0][0]), lease):
+                    locked = None
+            else:
+                locked = None
+                own = f"{_file_name(key)}.share-{_digest(lease.id)}"
+                with contextlib.suppress(FileNotFoundError):
+                    os.stat(own, dir_fd=self._directory.fd)
+                    locked = self._lock_share(Wanted(key, room), lease.share, lease.id)
+            if locked is None:
+                self._remote.pop(lease.id, None)
+                for file in files:
+                    file.close()
+                return False
+            for file, name in locked:
+                files.append(file)
+                names.append(name)
+        for file, name in zip(files, names, strict=True):
+            self._write(file, self._record_of(lease, name, released_at=None))
+        with self._lock:
+            self._held[lease.id] = _Held(lease, files, names)
+            for key in lease.cards:
+                self._mine[key] = lease.id
+        return True
+
+    @staticmethod
+    def _is_of(record: Mapping[str, Any] | None, lease: Lease) -> bool:
+        return (
+            record is not None
+            and record.get("released_at") is None
+            and record.get("token") == lease.token
+            and record.get("remote") == _digest(lease.id)
+        )
 
     def _remember_gone_locked(self, lease_id: str) -> None:
         if lease_id not in self._gone:
@@ -891,8 +1034,33 @@ class HostStore:
         record = self._record(key, fresh=False)
         if record is None or record.get("released_at") is not None:
             return ()
+        if key not in self._mine and self._ended_without_a_word(key, record):
+            return ()
         info = self._info(key, record)
         return () if info is None else (info,)
+
+    def _ended_without_a_word(self, key: str, record: Mapping[str, Any]) -> bool:
+        """Whether the record's holder died; then the record is set right, so that it misleads nobody any more."""
+        checked = self._checked.get(key)
+        if checked is not None and self._clock() - checked < RECORD_TIME:
+            return False
+        self._checked[key] = self._clock()
+        with contextlib.suppress(OSError, LeaseStoreError):
+            locked = self._lock_card(key)
+            if locked is None:
+                return False
+            file, name = locked[0]
+            now_there = _read(file)
+            if now_there is None or self._spoken_for(now_there, name, ""):
+                return False
+            if now_there.get("released_at") is None:
+                # When it ended nobody knows. Readings since the grant count against the card, as they should: what
+                # is left of the dead holder may still compute on it.
+                self._write(file, {**now_there, "released_at": now_there.get("since")})
+            file.close()
+            self._records.pop(key, None)
+            return True
+        return False
 
     def released_at(self, key: str) -> float | None:
         record = self._record(key, fresh=False)
@@ -916,11 +1084,14 @@ class HostStore:
     def descriptors(self, lease_id: str) -> Sequence[int]:
         with self._lock:
             held = self._held.get(lease_id)
-            return () if held is None else tuple(file.fd for file in held.files)
+        if held is None:
+            return ()
+        with held.guard:
+            return tuple(file.fd for file in held.files if file.fd >= 0)
 
     def leases(self) -> Sequence[LeaseInfo]:
         found: list[LeaseInfo] = []
-        for name in sorted(os.listdir(self._directory.fd)):
+        for name in sorted(self._names()):
             if not name.startswith("gpu-") or ".guard" in name:
                 continue
             with contextlib.suppress(OSError):
@@ -947,7 +1118,16 @@ class HostStore:
         return True
 
     def queue(self) -> Sequence[TicketInfo]:
-        return self._load_queue(None).infos(self._clock())
+        try:
+            return self._load_queue(None).infos(self._clock())
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self._directory.fd)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -973,6 +1153,10 @@ class HostStore:
             with contextlib.suppress(OSError):
                 os.unlink(self._socket_name, dir_fd=self._directory.queue_fd)
             sock.close()
+
+
+def _digest(claim_id: str) -> str:
+    return hashlib.sha256(claim_id.encode()).hexdigest()[:24]
 
 
 def _among(keys: frozenset[str], wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:

@@ -6,7 +6,7 @@ The answers are those of `pages`; in service, `asgi.Front` sends them without co
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -18,19 +18,22 @@ from gpupool_sync.server import schemas
 from gpupool_sync.server.pages import PATHS, Answer, Pages
 from gpupool_sync.server.sampler import Sampler
 
+if TYPE_CHECKING:
+    from gpupool_sync.server.leases import LeaseAPI
+
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(sampler: Sampler, pages: Pages | None = None) -> FastAPI:
+def create_app(sampler: Sampler, pages: Pages | None = None, leases: LeaseAPI | None = None) -> FastAPI:
     """
-    The application; whoever makes *sampler* starts and stops it.
+    The application; whoever makes *sampler* and *leases* starts and stops them.
 
-    *pages*, if given, are of the same sampler.
+    *pages*, if given, are of the same sampler.  Without *leases* it serves statistics only.
     """
     pages = Pages(sampler) if pages is None else pages
     app = FastAPI(
         title="gpupool-sync",
-        summary="GPU statistics of one host",
+        summary="GPU statistics of one host" + ("" if leases is None else ", and leases on its GPUs"),
         description=(
             "Memory is in MiB, power in W, durations are seconds; what is unknown is null. The header "
             f"`{wire.AGE_HEADER}` tells how many seconds ago the readings were taken."
@@ -56,6 +59,8 @@ def create_app(sampler: Sampler, pages: Pages | None = None) -> FastAPI:
             responses=responses,
         )
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False, response_model=None)
+    if leases is not None:
+        _add_leases(app, leases)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _broken)
     return app
@@ -68,6 +73,32 @@ def _handler(pages: Pages, path: str) -> Callable[[Request], Awaitable[Response]
         return _response(answer, head=request.method == "HEAD")
 
     return handle
+
+
+def _add_leases(app: FastAPI, leases: LeaseAPI) -> None:
+    from gpupool_sync.server import lease_schemas
+    from gpupool_sync.server.leases import PATHS as LEASE_PATHS
+
+    async def handle(request: Request) -> Response:
+        scope = request.scope
+        return _response(
+            await leases.answer(request.method, scope["path"], scope["headers"], request.receive), head=False
+        )
+
+    for path, methods in LEASE_PATHS.items():
+        for method, summary in methods.items():
+            app.add_api_route(
+                path,
+                handle,
+                methods=[method],
+                name=path,
+                summary=summary,
+                operation_id=method.lower() + path.replace("/", "_"),
+                response_class=Response,
+                response_model=None,
+                responses=lease_schemas.responses(method, path),
+                openapi_extra=lease_schemas.request_body(path) if method == "POST" else None,
+            )
 
 
 def _response(answer: Answer, *, head: bool) -> Response:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from gpupool_sync.server.pages import Answer, Pages
 
@@ -20,11 +20,23 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class Front:
-    """The ASGI application that is served.  *rest* makes the application for all that is not in *pages*."""
+class Leases(Protocol):
+    """The lease API; `server.leases` has it."""
 
-    def __init__(self, pages: Pages, rest: Callable[[], App]) -> None:
+    def knows(self, path: str) -> bool: ...
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+class Front:
+    """
+    The ASGI application that is served.
+
+    *rest* makes the application for all that is neither in *pages* nor in *leases*.
+    """
+
+    def __init__(self, pages: Pages, rest: Callable[[], App], leases: Leases | None = None) -> None:
         self._pages = pages
+        self._leases = leases
         self._make_rest = rest
         self._rest: asyncio.Task[App] | None = None
 
@@ -34,6 +46,9 @@ class Front:
             if answer is not None:
                 await send_answer(send, answer, head=scope["method"] == "HEAD")
                 return
+        if self._leases is not None and scope["type"] == "http" and self._leases.knows(scope["path"]):
+            await self._leases(scope, receive, send)
+            return
         if self._rest is None or (self._rest.done() and self._rest.exception() is not None):
             # On a thread: meanwhile the pages go out.
             self._rest = asyncio.ensure_future(asyncio.to_thread(self._make_rest))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ import attrs
 from gpupool_sync.devices.simulated import SimulatedReader, parse_cards
 from gpupool_sync.errors import GPUPoolError, MissingExtra
 from gpupool_sync.server.faults import Fault, Faults
-from gpupool_sync.server.run import listen, make_front, make_server
+from gpupool_sync.server.run import listen, make_front, make_leases, make_server
 from gpupool_sync.server.sampler import Sampler
 
 #: Seconds between two looks at whether the parent lives.
@@ -43,6 +44,8 @@ class _Lines:
         self._out = os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._buffer = b""
+        #: Removed when the parent is gone without having done so.
+        self.leftover: str | None = None
 
     def read(self) -> dict[str, Any]:
         """The next order; ends the process if there will be none."""
@@ -50,16 +53,21 @@ class _Lines:
             # Processes forked by the parent hold the pipe open as well, so its end is not all there is to watch.
             ready, _, _ = select.select([self._in], [], [], _PARENT_CHECK)
             if os.getppid() != self._parent:
-                _end(0)
+                self._orphaned()
             if ready:
                 data = os.read(self._in, 65536)
                 if not data:
-                    _end(0)
+                    self._orphaned()
                 self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         order = json.loads(line)
         assert isinstance(order, dict)
         return order
+
+    def _orphaned(self) -> NoReturn:
+        if self.leftover is not None:
+            shutil.rmtree(self.leftover, ignore_errors=True)
+        _end(0)
 
     def write(self, document: dict[str, Any]) -> None:
         try:
@@ -133,9 +141,15 @@ def main() -> None:
         reader = SimulatedReader(parse_cards(settings["cards"]), name=settings["name"])
         sampler = Sampler(reader, interval=settings["interval"])
         sockets = _listen(settings["port"])
+        leases = None
+        if settings["lock_dir"] is not None:
+            lines.leftover = settings["lock_dir"]
+            leases = make_leases(sampler, settings["lock_dir"], settings["port"])
         sampler.start()
         sampler.wait_for_first(_LOOK)
-        faults = Faults(make_front(sampler, {}))
+        if leases is not None:
+            leases.start()
+        faults = Faults(make_front(sampler, {}, leases))
         server = make_server(faults)
     except MissingExtra as exc:
         lines.write({"number": 0, "missing": str(exc)})

@@ -43,13 +43,19 @@ class Pages:
     """
     The answers of one server.
 
-    *config* is what ``/config`` shows: no secrets.
+    *config* is what ``/config`` shows: no secrets.  *more_paths* are answered by others and listed here.
     """
 
-    def __init__(self, sampler: Sampler, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        config: Mapping[str, Any] | None = None,
+        more_paths: Mapping[str, str] | None = None,
+    ) -> None:
         self._sampler = sampler
         self._begin = boottime()
         self._config = dict(config or {})
+        self._more_paths = dict(more_paths or {})
         self._fixed: dict[str, Page] = {}  # filled at the first request; racing fillers fill in the same
 
     def answer(self, path: str, headers: Iterable[Header]) -> Answer | None:
@@ -109,7 +115,12 @@ class Pages:
             "message": "GPU statistics of one host",
             "version": _version(),
             "protocol": wire.PROTOCOL_VERSION,
-            "endpoints": {**PATHS, "/docs": "This, to read in a browser", "/openapi.json": "This, for programs"},
+            "endpoints": {
+                **PATHS,
+                **self._more_paths,
+                "/docs": "This, to read in a browser",
+                "/openapi.json": "This, for programs",
+            },
             "started": local_time(self._begin),
             "time_zone": time.strftime("%z"),
         }

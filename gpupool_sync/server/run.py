@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from gpupool_sync.devices import Reader
+from gpupool_sync.devices.simulated import SimulatedReader
 from gpupool_sync.errors import ConfigError, GPUPoolError
 from gpupool_sync.server import require_extra
 from gpupool_sync.server.asgi import App, Front
@@ -25,6 +27,8 @@ from gpupool_sync.server.sampler import Sampler
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from gpupool_sync.server.leases import LeaseAPI
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class Options:
     port: int = 8000  # 0: any that is free
     interval: float = 1.0  # seconds between two looks at the cards
     log_level: str = "info"
+    leases: bool = True  # whether to grant leases on the cards
+    lock_dir: str | None = None  # where the locks are; None: where this host's processes have theirs
 
     @classmethod
     def resolve(
@@ -57,6 +63,8 @@ class Options:
         port: int | str | None = None,
         interval: float | str | None = None,
         log_level: str | None = None,
+        leases: bool = True,
+        lock_dir: str | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Options:
         """
@@ -87,6 +95,8 @@ class Options:
             port=_port(*picked_port) if picked_port else default.port,
             interval=_interval(*picked_interval) if picked_interval else default.interval,
             log_level=_log_level(*picked_level) if picked_level else default.log_level,
+            leases=leases,
+            lock_dir=_lock_dir(lock_dir, leases),
         )
 
 
@@ -115,6 +125,16 @@ def _log_level(value: object, origin: str) -> str:
     if level not in LOG_LEVELS:
         raise ConfigError(f"{origin}={value!r}: {', '.join(LOG_LEVELS)} are allowed")
     return level
+
+
+def _lock_dir(value: str | None, leases: bool) -> str | None:
+    if value is None:
+        return None
+    if not leases:
+        raise ConfigError("--lock-dir and --no-leases: a server that grants no leases has no locks")
+    if not os.path.isabs(value):
+        raise ConfigError(f"--lock-dir={value!r}: an absolute path is allowed")
+    return value
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -165,16 +185,38 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_front(sampler: Sampler, config: Mapping[str, Any]) -> Front:
+def make_front(sampler: Sampler, config: Mapping[str, Any], leases: LeaseAPI | None = None) -> Front:
     """The application that is served."""
-    pages = Pages(sampler, config)
+    more_paths = {}
+    if leases is not None:
+        from gpupool_sync.server.leases import PATHS
+
+        config = {**config, "lock_dir": leases.offer.lock_dir}
+        more_paths = {path: "; ".join(methods.values()) for path, methods in PATHS.items()}
+    pages = Pages(sampler, {**config, "leases": leases is not None}, more_paths)
 
     def rest() -> App:
         from gpupool_sync.server.app import create_app
 
-        return create_app(sampler, pages)
+        return create_app(sampler, pages, leases)
 
-    return Front(pages, rest)
+    return Front(pages, rest, leases)
+
+
+def make_leases(sampler: Sampler, lock_dir: str | None, port: int) -> LeaseAPI:
+    """
+    The lease API for the cards that *sampler* reads, which must not have been started yet.
+
+    Raises:
+        GPUPoolError: the locks cannot be used.
+    """
+    from gpupool_sync.server.leases import open_leases
+
+    reader = sampler.reader
+    on_held = reader.set_leased if isinstance(reader, SimulatedReader) else None
+    leases = open_leases(lock_dir, port=port, own=sampler.owns, on_held=on_held)
+    sampler.offer = leases.offer
+    return leases
 
 
 def make_server(app: App, *, access_log: bool = False) -> uvicorn.Server:
@@ -239,25 +281,49 @@ def serve(reader: Reader, options: Options, announce: Callable[[str], object] = 
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     sampler = Sampler(reader, interval=options.interval)
     sockets: list[socket.socket] = []
-    try:
+    leases: LeaseAPI | None = None
+    with contextlib.ExitStack() as ending:
+        # Undone from the last to the first.
+        ending.callback(sampler.stop)
         sockets = listen(options.host, options.port)
+        for sock in sockets:
+            ending.callback(sock.close)
         port = int(sockets[0].getsockname()[1])
         config = {"host": options.host, "port": port, "log_level": options.log_level}
-        server = make_server(make_front(sampler, config), access_log=options.log_level == "debug")
+        leases = _open_leases(sampler, options, port, ending)
+        server = make_server(make_front(sampler, config, leases), access_log=options.log_level == "debug")
+        if leases is not None:
+            leases.stopping = lambda: server.should_exit
+            leases.start()
+            ending.callback(leases.close)
         with _stopped_by_signals(server):
             sampler.start()
             sampler.wait_for_first(FIRST_SAMPLE)
             # They listen already: whoever connects from now on is served.
-            announce(_announcement(options.host, port, sampler))
+            announce(_announcement(options.host, port, sampler, leases))
             if not server.should_exit:
                 server.run(sockets=sockets)
-    finally:
-        for sock in sockets:
-            sock.close()
-        sampler.stop()
 
 
-def _announcement(host: str, port: int, sampler: Sampler) -> str:
+def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextlib.ExitStack) -> LeaseAPI | None:
+    if not options.leases:
+        return None
+    lock_dir = options.lock_dir
+    if lock_dir is None and isinstance(sampler.reader, SimulatedReader):
+        # Cards that do not exist need no place among this machine's locks.
+        lock_dir = ending.enter_context(
+            tempfile.TemporaryDirectory(prefix="gpupool-simulated-", ignore_cleanup_errors=True)
+        )
+    try:
+        return make_leases(sampler, lock_dir, port)
+    except GPUPoolError as exc:
+        if options.lock_dir is not None:
+            raise
+        logger.warning("this server grants no leases: %s", exc)
+        return None
+
+
+def _announcement(host: str, port: int, sampler: Sampler, leases: LeaseAPI | None) -> str:
     url = url_of(host, port)
     published = sampler.published
     if published.sample is None:
@@ -267,4 +333,6 @@ def _announcement(host: str, port: int, sampler: Sampler) -> str:
         cards = f"{count} GPU{'' if count == 1 else 's'}, {sampler.reader.description}"
         if published.sample.faults:
             cards += f"; {len(published.sample.faults)} cannot be read"
+    if leases is None:
+        cards += "; no leases"
     return f"serving {url} ({cards}); for clients: export GPU_SERVICE_ENDPOINTS={url}"

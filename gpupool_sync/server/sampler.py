@@ -17,7 +17,7 @@ import attrs
 from gpupool_sync import wire
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.devices import Reader
-from gpupool_sync.models import Sample
+from gpupool_sync.models import LeaseOffer, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,8 @@ class Sampler:
     def __init__(self, reader: Reader, *, interval: float = 1.0, read_timeout: float = READ_TIMEOUT) -> None:
         self.reader = reader
         self.interval = interval
+        #: What the summary tells of leases; None: this server grants none. To be set before `start`.
+        self.offer: LeaseOffer | None = None
         self._read_timeout = read_timeout
         self._published = _failure("the GPUs are being read for the first time")
         # Guards the counters and flags below; never held during a look or while serialising.
@@ -104,6 +106,7 @@ class Sampler:
         self._ended = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._uuids: tuple[Sample, frozenset[str]] | None = None  # replaced as a whole
 
     @property
     def published(self) -> Published:
@@ -140,6 +143,16 @@ class Sampler:
             if thread.is_alive():
                 logger.warning("the thread %s does not stop: the driver does not answer", thread.name)
         self.reader.close()
+
+    def owns(self, key: str) -> bool:
+        """Whether a card of this UUID is among the readings."""
+        sample = self._published.sample
+        if sample is None:
+            return False
+        known = self._uuids
+        if known is None or known[0] is not sample:
+            known = self._uuids = (sample, frozenset(gpu.uuid for gpu in sample.gpus if gpu.uuid is not None))
+        return key in known[1]
 
     def refresh(self, timeout: float) -> bool:
         """
@@ -180,7 +193,7 @@ class Sampler:
         before = self._published
         try:
             sample = self.reader.read(self._read_timeout)
-            after = _publish(sample, boottime())
+            after = _publish(attrs.evolve(sample, leases=self.offer), boottime())
         except Exception as exc:  # whatever a driver comes up with, the server lives
             message = str(exc) or type(exc).__name__
             if before.error != message:

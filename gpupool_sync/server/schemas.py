@@ -12,14 +12,14 @@ from gpupool_sync import wire
 Schema = dict[str, Any]
 
 
-def _or_null(kind: str, description: str | None = None, **more: Any) -> Schema:
+def or_null(kind: str, description: str | None = None, **more: Any) -> Schema:
     schema: Schema = {"type": [kind, "null"], **more}
     if description:
         schema["description"] = description
     return schema
 
 
-def _object(properties: dict[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
+def as_object(properties: dict[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
     return {
         "type": "object",
         "properties": properties,
@@ -27,43 +27,43 @@ def _object(properties: dict[str, Schema], *, optional: tuple[str, ...] = ()) ->
     }
 
 
-def _list(items: Schema) -> Schema:
+def as_list(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _TEXT: Schema = {"type": "string"}
 _TIME: Schema = {"type": "string", "description": "local time of the server, without a zone"}
-_NUMBER = _or_null("number")
-_PERCENT = _or_null("number", minimum=0, maximum=100)
+_NUMBER = or_null("number")
+_PERCENT = or_null("number", minimum=0, maximum=100)
 _ID: Schema = {"type": "integer", "minimum": 0, "description": "in PCI bus order, as nvidia-smi counts"}
 
 _PROCESSES: Schema = {
     "type": ["array", "null"],
     "description": "what computes on the card; null: not told",
-    "items": _object(
-        {"pid": _or_null("integer"), "user": _or_null("string"), "memory_mb": _NUMBER, "name": _or_null("string")}
+    "items": as_object(
+        {"pid": or_null("integer"), "user": or_null("string"), "memory_mb": _NUMBER, "name": or_null("string")}
     ),
 }
 
-_FAILURE = _object({"error": _TEXT, "gpu_count": _COUNT, "gpus": _list({}), "timestamp": _TIME})
+_FAILURE = as_object({"error": _TEXT, "gpu_count": _COUNT, "gpus": as_list({}), "timestamp": _TIME})
 _FAILURE["description"] = "the cards could not be read yet"
 
-_SUMMARY = _object(
+_SUMMARY = as_object(
     {
         "gpu_count": _COUNT,
         "total_memory_mb": {"type": "number"},
         "total_used_memory_mb": {"type": "number"},
         "total_memory_usage_percent": {**_PERCENT, "description": "missing if there are no cards"},
         "average_utilization_percent": _PERCENT,
-        "gpus_summary": _list(
-            _object(
+        "gpus_summary": as_list(
+            as_object(
                 {
                     "gpu_id": _ID,
                     "name": _TEXT,
                     "memory_usage_percent": _PERCENT,
                     "utilization_percent": _PERCENT,
-                    "uuid": _or_null("string"),
+                    "uuid": or_null("string"),
                     "memory_total_mb": _NUMBER,
                     "memory_used_mb": _NUMBER,
                     "temperature_c": _NUMBER,
@@ -76,35 +76,35 @@ _SUMMARY = _object(
         "timestamp": _TIME,
         "protocol": {"type": "integer", "minimum": 1},
         "host": {
-            **_object({"id": _TEXT, "name": _TEXT, "simulated": {"type": "boolean"}}),
+            **as_object({"id": _TEXT, "name": _TEXT, "simulated": {"type": "boolean"}}),
             "type": ["object", "null"],
             "description": "which machine this is",
         },
         "leases": {"type": ["object", "null"], "description": "null: this server grants no leases"},
-        "gpus_unavailable": _list(
-            _object(
-                {"gpu_id": _or_null("integer"), "name": _or_null("string"), "uuid": _or_null("string"), "reason": _TEXT}
+        "gpus_unavailable": as_list(
+            as_object(
+                {"gpu_id": or_null("integer"), "name": or_null("string"), "uuid": or_null("string"), "reason": _TEXT}
             )
         ),
     },
     optional=("total_memory_usage_percent",),
 )
 
-_STATS = _object(
+_STATS = as_object(
     {
         "gpu_count": _COUNT,
-        "gpus": _list(
-            _object(
+        "gpus": as_list(
+            as_object(
                 {
                     "gpu_id": _ID,
                     "name": _TEXT,
-                    "memory": _object(
+                    "memory": as_object(
                         {"total_mb": _NUMBER, "used_mb": _NUMBER, "free_mb": _NUMBER, "usage_percent": _PERCENT}
                     ),
                     "utilization_percent": _PERCENT,
                     "temperature_c": _NUMBER,
-                    "power": _object({"draw_w": _NUMBER, "limit_w": _NUMBER}),
-                    "uuid": _or_null("string"),
+                    "power": as_object({"draw_w": _NUMBER, "limit_w": _NUMBER}),
+                    "uuid": or_null("string"),
                     "processes": _PROCESSES,
                 }
             )
@@ -113,26 +113,26 @@ _STATS = _object(
     }
 )
 
-_HEALTH = _object(
+_HEALTH = as_object(
     {
         "status": {"type": "string", "enum": ["healthy", "degraded", "unhealthy"]},
         "nvidia_smi_available": {"type": "boolean", "description": "the cards can be read, whichever way"},
         "timestamp": _TIME,
-        "error": _or_null("string", "why the last reading failed"),
+        "error": or_null("string", "why the last reading failed"),
         "reader": _TEXT,
-        "gpu_count": _or_null("integer"),
+        "gpu_count": or_null("integer"),
         "gpus_unavailable": _COUNT,
-        "sample_age": _or_null("number", "seconds since the readings were taken"),
+        "sample_age": or_null("number", "seconds since the readings were taken"),
         "uptime": {"type": "number", "description": "seconds"},
     }
 )
 
-_ERROR = _object({"error": _object({"code": _TEXT, "message": _TEXT})})
+ERROR = as_object({"error": as_object({"code": _TEXT, "message": _TEXT})})
 
 _SCHEMAS: dict[str, Schema] = {
     "/gpu/summary": {"anyOf": [_SUMMARY, _FAILURE]},
     "/gpu/stats": {"anyOf": [_STATS, _FAILURE]},
-    "/gpu/count": {"anyOf": [_object({"gpu_count": _COUNT, "timestamp": _TIME}), _FAILURE]},
+    "/gpu/count": {"anyOf": [as_object({"gpu_count": _COUNT, "timestamp": _TIME}), _FAILURE]},
     "/health": _HEALTH,
     "/config": {"type": "object"},
     "/": {"type": "object"},
@@ -159,5 +159,5 @@ def responses(path: str, example: object) -> dict[int | str, dict[str, Any]]:
         found[503] = {"description": "No recent readings", "content": {"application/json": {"schema": _HEALTH}}}
     else:
         found[304] = {"description": "The body is the one that If-None-Match names"}
-    found["4XX"] = {"description": "The request is wrong", "content": {"application/json": {"schema": _ERROR}}}
+    found["4XX"] = {"description": "The request is wrong", "content": {"application/json": {"schema": ERROR}}}
     return found

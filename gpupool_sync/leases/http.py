@@ -1,0 +1,396 @@
+"""The arbiter of another host, asked through its server (``server.leases``).
+
+Fail closed: whatever is not a clear answer grants nothing.  Every request can be repeated with the same ids, so an
+answer that was lost is found again by asking again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from gpupool_sync import wire
+from gpupool_sync.clock import Deadline, boottime
+from gpupool_sync.config import Endpoint, Settings
+from gpupool_sync.errors import BadAnswer, EndpointUnavailable, LeaseLost, LeaseStoreError
+from gpupool_sync.leases import documents
+from gpupool_sync.leases.base import (
+    Claim,
+    Granted,
+    Hint,
+    Lease,
+    LeaseInfo,
+    Outcome,
+    Queued,
+    Refused,
+    Scope,
+    TicketInfo,
+)
+from gpupool_sync.leases.documents import BadDocument, digest
+from gpupool_sync.transport import Answer, Transport
+
+#: Seconds that what an answer said of other holders is believed.
+HEARSAY_TIME = 2.0
+#: Ids in one request for renewal or release.
+BATCH = 500
+#: Ids whose release could not be told yet; beyond that the ttl has to do.
+MAX_OWED = 10_000
+
+
+class _Mine:
+    """A lease of this process."""
+
+    __slots__ = ("lease", "until")
+
+    def __init__(self, lease: Lease, until: float) -> None:
+        self.lease = lease
+        self.until = until  # when the arbiter may have freed it, on our clock
+
+
+class HTTPStore:
+    """
+    A `LeaseStore` for the cards of one server, among everybody who asks that server.
+
+    Its leases have a ttl: somebody has to renew them.  `settings` tell the ttl of claims that name none, and how long
+    an exchange may take.
+    """
+
+    scope: Scope = "everybody"
+    needs_listener = True
+
+    def __init__(self, endpoint: Endpoint, settings: Settings, *, clock: Callable[[], float] = boottime) -> None:
+        self._clock = clock
+        self._ttl = settings.ttl
+        self._timeout = settings.endpoint_timeout
+        self.description = f"server {endpoint.url}"
+        # A limit on statistics must not delay a renewal.
+        self._transport = Transport(attrs.evolve(endpoint, max_rate=None), max_retries=settings.endpoint_max_retries)
+        self._fresh_state()
+        _stores.add(self)
+
+    def _fresh_state(self) -> None:
+        # Guards the dictionaries below: lookups and changes only, never during an exchange.
+        self._lock = threading.Lock()
+        self._leases: dict[str, _Mine] = {}  # by lease id
+        self._cards: dict[str, tuple[str, ...]] = {}  # card key -> lease ids of this process, replaced as a whole
+        self._tickets: dict[str, str] = {}  # claim id -> holder id
+        self._hearsay: dict[str, tuple[float, LeaseInfo]] = {}  # card key -> heard at, who has it
+        self._released_at: dict[str, float] = {}
+        self._owed: dict[str, None] = {}  # ids whose release did not arrive
+        self._hints: tuple[Hint, ...] = ()
+        # Set while there are tickets, or nobody should wait for one.
+        self._awake = threading.Event()
+        self._closed = False
+
+    # -- claiming ----------------------------------------------------------------------------------------------
+
+    def claim(self, claim: Claim) -> Outcome:
+        self._settle()
+        if claim.queue:
+            # Before the request: a hint may overtake its answer.
+            with self._lock:
+                self._tickets[claim.id] = claim.holder.id
+                self._awake.set()
+        sent = self._clock()
+        body = documents.claim_document(claim, self._ttl if claim.ttl is None else claim.ttl)
+        answer = self._post("/v1/leases", body, self._timeout)
+        document = self._document(answer)
+        try:
+            if answer.status == 200:
+                return Granted(self._granted(claim, documents.read_grant(document), sent))
+            if answer.status == 202:
+                self._hear(claim, document)
+                return Queued(documents.read_position(document))
+            if answer.status == 409:
+                reasons = documents.read_reasons(document)
+                self._hear(claim, document)
+                return Refused(reasons)
+        except BadDocument as exc:
+            raise self._unclear(f"its answer cannot be used: {exc}") from exc
+        if answer.status == 410:
+            self._forget([claim.id], released=False)
+            raise LeaseLost(wire.error_message(document) or "this lease is gone")
+        raise self._refused(answer, document)
+
+    def _granted(self, claim: Claim, told: documents.GrantDocument, sent: float) -> Lease:
+        if len(told.cards) != claim.count:
+            raise BadDocument(f"{len(told.cards)} cards were granted and {claim.count} asked for")
+        now = self._clock()
+        lease = Lease(
+            id=claim.id,
+            holder=claim.holder,
+            cards=told.cards,
+            token=told.token,
+            share=claim.share,
+            note=claim.note,
+            granted_at=now - told.since,
+            ttl=told.ttl,
+        )
+        with self._lock:
+            known = self._leases.get(claim.id)
+            if known is not None and known.lease.token == lease.token:
+                lease = known.lease
+            self._leases[claim.id] = _Mine(lease, sent + told.ttl)
+            for key in lease.cards:
+                self._hearsay.pop(key, None)
+                ids = self._cards.get(key, ())
+                if claim.id not in ids:
+                    self._cards[key] = (*ids, claim.id)
+            self._drop_ticket_locked(claim.id)
+        return lease
+
+    def _hear(self, claim: Claim, document: Mapping[str, Any]) -> None:
+        """Remember who has the cards that were asked for."""
+        now = self._clock()
+        asked = [wanted.key for group in claim.groups for wanted in group]
+        told: dict[str, LeaseInfo] = {}
+        for info in documents.read_lease_infos(document.get("holders", [])):
+            for key in info.cards:
+                told[key] = info
+        with self._lock:
+            for key in asked:
+                if key in told:
+                    self._hearsay[key] = (now, told[key])
+                else:
+                    self._hearsay.pop(key, None)
+
+    def _drop_ticket_locked(self, claim_id: str) -> None:
+        self._tickets.pop(claim_id, None)
+        if not self._tickets and not self._closed:
+            self._awake.clear()
+
+    # -- keeping and giving back -------------------------------------------------------------------------------
+
+    def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
+        alive: dict[str, bool] = {}
+        for batch in _batches(ids):
+            sent = self._clock()
+            # Shorter than other requests: a renewal that hangs can only be repeated.
+            answer = self._post("/v1/leases/renew", {"ids": batch}, min(self._timeout, self._ttl / 6.0))
+            document = self._document(answer)
+            if answer.status != 200:
+                raise self._refused(answer, document)
+            try:
+                told = dict(zip(batch, documents.read_alive(document, len(batch)), strict=True))
+            except BadDocument as exc:
+                raise self._unclear(f"its answer cannot be used: {exc}") from exc
+            with self._lock:
+                for lease_id in batch:
+                    mine = self._leases.get(lease_id)
+                    if mine is not None and told[lease_id]:
+                        mine.until = sent + (mine.lease.ttl or self._ttl)
+            self._forget([lease_id for lease_id in batch if not told[lease_id]], released=False)
+            alive.update(told)
+        with contextlib.suppress(LeaseStoreError):
+            self._settle()
+        return alive
+
+    def release(self, ids: Iterable[str]) -> None:
+        """What does not arrive is repeated with the next claim or renewal; until then the ttl ends it."""
+        mine = list(ids)
+        self._forget(mine, released=True)
+        with self._lock:
+            # First owed, then paid: an interrupt in between leaves it owed.
+            if len(self._owed) < MAX_OWED:
+                self._owed.update(dict.fromkeys(mine))
+        self._pay(mine)
+
+    withdraw = release
+
+    def _pay(self, ids: Sequence[str]) -> None:
+        for batch in _batches(ids):
+            answer = self._post("/v1/leases/release", {"ids": batch}, self._timeout)
+            if answer.status != 200:
+                raise self._refused(answer, self._document(answer))
+            with self._lock:
+                for each in batch:
+                    self._owed.pop(each, None)
+
+    def _settle(self) -> None:
+        """Tell the releases that did not arrive; a server that cannot hear them fails what comes next."""
+        if self._owed:
+            with self._lock:
+                owed = list(self._owed)
+            self._pay(owed)
+
+    def _forget(self, ids: Iterable[str], *, released: bool) -> None:
+        now = self._clock()
+        with self._lock:
+            for lease_id in ids:
+                self._drop_ticket_locked(lease_id)
+                mine = self._leases.pop(lease_id, None)
+                if mine is None:
+                    continue
+                for key in mine.lease.cards:
+                    left = tuple(each for each in self._cards.get(key, ()) if each != lease_id)
+                    if left:
+                        self._cards[key] = left
+                    else:
+                        self._cards.pop(key, None)
+                        if released:
+                            self._released_at[key] = now
+
+    # -- hints -------------------------------------------------------------------------------------------------
+
+    def subscribe(self, hint: Hint) -> Callable[[], None]:
+        with self._lock:
+            self._hints = (*self._hints, hint)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._hints = tuple(other for other in self._hints if other is not hint)
+
+        return unsubscribe
+
+    def listen(self, timeout: float) -> None:
+        begin = time.monotonic()
+        if not self._awake.wait(timeout):
+            return
+        with self._lock:
+            holders = list(dict.fromkeys(self._tickets.values()))[: documents.MAX_HOLDERS]
+        if not holders:
+            return
+        left = min(max(0.0, begin + timeout - time.monotonic()), documents.MAX_WAIT)
+        body = {"holder": holders[0] if len(holders) == 1 else holders, "timeout": left}
+        answer = self._post("/v1/wait", body, left + self._timeout)
+        document = self._document(answer)
+        if answer.status != 200:
+            raise self._refused(answer, document)
+        try:
+            told = documents.read_hints(document)
+        except BadDocument as exc:
+            raise self._unclear(f"its answer cannot be used: {exc}") from exc
+        if not told:
+            return
+        with self._lock:
+            by_digest = {digest(claim_id): claim_id for claim_id in self._tickets}
+            hints = self._hints
+        mine = [by_digest[each] for each in told if each in by_digest]
+        if mine:
+            for hint in hints:
+                hint(mine)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def _heard(self, key: str, now: float) -> tuple[float, LeaseInfo] | None:
+        heard = self._hearsay.get(key)
+        return heard if heard is not None and now - heard[0] < HEARSAY_TIME else None
+
+    def is_held(self, key: str) -> bool:
+        # Single look-ups are atomic; a lock here would be taken for every card of every choice.
+        now = self._clock()
+        return any(now < mine.until for mine in self._mine(key)) or self._heard(key, now) is not None
+
+    def _mine(self, key: str) -> list[_Mine]:
+        return [mine for lease_id in self._cards.get(key, ()) if (mine := self._leases.get(lease_id)) is not None]
+
+    def holders_of(self, key: str) -> Sequence[LeaseInfo]:
+        now = self._clock()
+        found = [
+            LeaseInfo(
+                cards=mine.lease.cards,
+                holder=mine.lease.holder,
+                token=mine.lease.token,
+                share=mine.lease.share,
+                note=mine.lease.note,
+                since=max(0.0, now - mine.lease.granted_at),
+                expires_in=mine.until - now,
+            )
+            for mine in self._mine(key)
+            if now < mine.until
+        ]
+        heard = self._heard(key, now)
+        if heard is not None and all(info.token != heard[1].token for info in found):
+            found.append(attrs.evolve(heard[1], since=heard[1].since + now - heard[0]))
+        return tuple(found)
+
+    def released_at(self, key: str) -> float | None:
+        return self._released_at.get(key)
+
+    def descriptors(self, lease_id: str) -> Sequence[int]:
+        return ()
+
+    def leases(self) -> Sequence[LeaseInfo]:
+        document = self._get("/v1/leases")
+        try:
+            return documents.read_lease_infos(document.get("leases"))
+        except BadDocument as exc:
+            raise self._unclear(f"its answer cannot be used: {exc}") from exc
+
+    def queue(self) -> Sequence[TicketInfo]:
+        document = self._get("/v1/queue")
+        try:
+            return documents.read_ticket_infos(document.get("queue"))
+        except BadDocument as exc:
+            raise self._unclear(f"its answer cannot be used: {exc}") from exc
+
+    # -- exchanges ---------------------------------------------------------------------------------------------
+
+    def _post(self, path: str, body: Mapping[str, object], timeout: float) -> Answer:
+        try:
+            return self._transport.post(path, body, Deadline.after(timeout))
+        except (EndpointUnavailable, BadAnswer) as exc:
+            raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
+
+    def _get(self, path: str) -> Mapping[str, Any]:
+        try:
+            answer = self._transport.get(path, Deadline.after(self._timeout))
+        except (EndpointUnavailable, BadAnswer) as exc:
+            raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
+        document = self._document(answer)
+        if answer.status != 200:
+            raise self._refused(answer, document)
+        return document
+
+    def _document(self, answer: Answer) -> dict[str, Any]:
+        try:
+            return wire.load_document(answer.body)
+        except BadAnswer as exc:
+            message = exc.message
+        raise self._unclear(f"answered with status {answer.status} and {message}")
+
+    def _refused(self, answer: Answer, document: Mapping[str, Any]) -> LeaseStoreError:
+        if answer.status == 404:
+            return self._unclear("grants no leases")
+        said = wire.error_message(document)
+        return self._unclear(f"answered with status {answer.status}{f': {said}' if said else ''}")
+
+    def _unclear(self, message: str) -> LeaseStoreError:
+        return LeaseStoreError(f"{self.description}: {message}")
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def forget_after_fork(self) -> None:
+        self._transport.forget_after_fork()
+        self._fresh_state()
+
+    def close(self) -> None:
+        """Close the connections; exchanges under way fail at once."""
+        self._closed = True
+        self._awake.set()
+        self._transport.close()
+
+
+def _batches(ids: Sequence[str]) -> Iterable[list[str]]:
+    for begin in range(0, len(ids), BATCH):
+        yield list(ids[begin : begin + BATCH])
+
+
+#: Every store of this process, for a forked child.
+_stores: weakref.WeakSet[HTTPStore] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store.forget_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
