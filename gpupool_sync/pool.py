@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from gpupool_sync.endpoint import PolledEndpoint
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
-    from gpupool_sync.status import Explanation, Status
+    from gpupool_sync.status import Explanation, LeasesStatus, Status
 
 logger = logging.getLogger(__name__)
 
@@ -767,6 +767,9 @@ class GPUPool:
     def _tidy(self) -> None:
         """What nobody waits for; on the monitor's thread, at least once a second."""
         self._collect_dropped()
+        engine = self._engine
+        if engine is not None:
+            engine.keeper.ensure_running()
         for _ in range(len(self._leaving)):
             self._release(self._leaving.popleft())
         if self._unheard and time.monotonic() >= self._unheard_at:
@@ -1377,6 +1380,7 @@ class GPUPool:
                 return
         engine = self._engine
         if engine is not None:
+            grant.why_lost()  # lost is final: looked at once more before the keeper forgets it
             engine.keeper.remove(grant.id)
         # Idempotent at the store, so an interrupt before the next line only makes it happen again.
         try:
@@ -1665,6 +1669,53 @@ class GPUPool:
             open=not self._closed,
             taken_at=utc,
         )
+
+    def leases(self) -> LeasesStatus:
+        """
+        Every lease and every waiting claim that the arbiters of this pool know, whoever's they are.
+
+        Asks the arbiters; one that does not answer is among the result's `problems`.
+        """
+        from gpupool_sync.status import LeasesStatus, LeaseStatus, TicketStatus
+
+        engine = self._opened()
+        self._first_reading(engine, Deadline.after(None))
+        snapshots, _ = self._table.view()
+        names = {card.key: card.global_gpu_id for snapshot in snapshots.values() for card in snapshot.cards}
+        stores = {id(each): each for each in map(engine.store_of, engine.endpoints)}
+        leases: list[LeaseStatus] = []
+        queue: list[TicketStatus] = []
+        problems: list[str] = []
+        for store in stores.values():
+            try:
+                leases += [
+                    LeaseStatus(
+                        gpus=[names.get(key, key) for key in info.cards],
+                        holder=str(info.holder),
+                        since=info.since,
+                        expires_in=info.expires_in,
+                        share=None if info.share is None else str(info.share),
+                        token=info.token,
+                        note=info.note,
+                        arbiter=store.description,
+                    )
+                    for info in store.leases()
+                ]
+                queue += [
+                    TicketStatus(
+                        position=info.position,
+                        holder=str(info.holder),
+                        waited=info.waited,
+                        wants=f"{info.count} of {len(info.cards)} GPUs"
+                        + (f", {info.share}" if info.share is not None else ""),
+                        note=info.note,
+                        arbiter=store.description,
+                    )
+                    for info in store.queue()
+                ]
+            except LeaseStoreError as exc:
+                problems.append(f"{store.description}: {exc}")
+        return LeasesStatus(leases, queue, sorted({store.scope for store in stores.values()}), problems)
 
     def _number_waiting(self, engine: _Engine) -> int:
         """Who waits at the arbiter of this machine, whatever process they are of; elsewhere only our own are known."""

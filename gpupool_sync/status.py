@@ -145,6 +145,42 @@ class Status(MultiEndpointPoolStatus):
     )
 
 
+@attrs.frozen
+class LeaseStatus(_Jsonable):
+    """One lease, as its arbiter tells it."""
+
+    gpus: Sequence[str]  # global ids where the pool knows the card, else keys
+    holder: str
+    since: float  # seconds it has been held
+    expires_in: float | None  # seconds; None: it lives as long as its process
+    share: str | None
+    token: int
+    note: str | None
+    arbiter: str
+
+
+@attrs.frozen
+class TicketStatus(_Jsonable):
+    """One waiting claim, as its arbiter tells it."""
+
+    position: int
+    holder: str
+    waited: float  # seconds
+    wants: str
+    note: str | None
+    arbiter: str
+
+
+@attrs.frozen
+class LeasesStatus(_Jsonable):
+    """`GPUPool.leases()`: who holds what, and who waits, at every arbiter of the pool."""
+
+    leases: Sequence[LeaseStatus]
+    queue: Sequence[TicketStatus]
+    scopes: Sequence[str]
+    problems: Sequence[str] = ()  # arbiters that could not be asked
+
+
 def _ranges(ids: Sequence[str]) -> str:
     """``0-3,5`` for 0, 1, 2, 3, 5."""
     numbers = sorted(int(each) for each in ids if each.isdecimal())

@@ -578,3 +578,29 @@ def test_a_missing_extra_is_a_line_for_pip(name):
     assert "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, "-c", code, "why"], capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- leases ------------------------------------------------------------------------------------------------------
+
+
+def test_leases_shows_who_holds_and_who_waits(server, capsys):
+    """Everybody can see who has a GPU, since when, why, and who waits for one."""
+    with GPUPool(f"one={server.url}", name="night run") as pool:
+        held = pool.acquire(timeout=10, count=2, note="epoch 7")
+        waiter = threading.Thread(target=lambda: pool.acquire(timeout=30, note="patient").release())
+        waiter.start()
+        eventually(lambda: pool.stats()["waiting"] == 1)
+        status, out, _ = run(capsys, "leases", "--endpoints", f"one={server.url}")
+        _, answer = run_json(capsys, "leases", "--endpoints", f"one={server.url}")
+        held.release()
+        waiter.join(30)
+    assert status == 0
+    assert "2 leases, 1 waiting" in out or "1 leases, 1 waiting" in out
+    assert "epoch 7" in out
+    assert "patient" in out
+    assert {gpu for lease in answer["leases"] for gpu in lease["gpus"]} == {"one:0", "one:1"}
+    assert all("night run" in lease["holder"] for lease in answer["leases"])
+    assert all(lease["expires_in"] is None for lease in answer["leases"])
+    assert answer["queue"][0]["note"] == "patient"
+    status, out, _ = run(capsys, "leases", "--endpoints", f"one={server.url}")
+    assert "0 leases, 0 waiting" in out

@@ -21,6 +21,7 @@ from gpupool_sync.errors import GPUPoolError, MissingExtra
 #: command whose extra is missing must not break the others, nor what heavy imports it needs slow them down.
 COMMANDS = {
     "status": ("status", "Show the servers, their GPUs, and who holds them."),
+    "leases": ("leases", "Show who holds which GPU, since when, and who waits."),
     "why": ("why", "Explain, GPU by GPU, why a request is or is not granted now."),
     "doctor": ("doctor", "Check configuration, servers and this machine; say what to do."),
     "demo": ("demo", "Share out 14 simulated GPUs, lose a server, take it back."),

@@ -43,6 +43,9 @@ class Share:
     memory_mb: float | None = None
     places: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.memory_mb:.0f} MiB" if self.memory_mb is not None else f"one of {self.places} places"
+
 
 @attrs.frozen
 class Wanted:

@@ -1,0 +1,147 @@
+"""The pool over arbiters of other machines: our own servers, and Redis."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import warnings
+
+import pytest
+
+from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, LeaseLost
+from gpupool_sync.testing import FakeFleet
+from helpers import HoldLog, eventually
+from redis_server import PROGRAM, RedisServer
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def running_fleet():
+    with FakeFleet([2, 1], names=["alpha", "beta"]) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(running_fleet):
+    for server in running_fleet:
+        server.heal()
+    return running_fleet
+
+
+def make_pool(fleet, **options):
+    named = [Endpoint(server.url, name=server.name) for server in fleet]
+    defaults = {"poll_interval": 0.1, "health_check_interval": 0.3, "endpoint_timeout": 2.0, "ttl": 3.0}
+    return GPUPool(named, **{**defaults, **options})
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    """A Redis that has been known for a while: a new one refuses until it is sure that it has lost nothing."""
+    from gpupool_sync.leases.redis import RedisStore
+
+    server = RedisServer(tmp_path / "redis").start()
+    known = RedisStore(server.url, quarantine=0.0)
+    known.leases()
+    known.close()
+    yield server
+    server.kill()
+
+
+def _work(endpoints, path, rounds, options):
+    log = HoldLog(path)
+    with GPUPool(endpoints, **options) as pool:
+        for _ in range(rounds):
+            with pool.gpu(timeout=50) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
+                pass
+
+
+def race(endpoints, path, options):
+    """Four spawned processes share the cards; their own log of holds is judged."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (endpoints, str(path), 15, options)
+    processes = [context.Process(target=_work, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(55)
+    assert [process.exitcode for process in processes] == [0] * 4
+    log = HoldLog(path)
+    assert len(log.holds()) == 60
+    assert log.overlaps() == []
+    assert log.token_regressions() == []
+
+
+def test_a_server_of_ours_arbitrates_for_everybody(fleet):
+    """Without any set-up, leases on our servers exclude everybody who asks them, and nothing warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with make_pool(fleet) as one, make_pool(fleet) as two:
+            one.open(wait=True)
+            two.open(wait=True)
+            held = [one.acquire(timeout=20) for _ in range(3)]
+            assert {gpu.scope for gpu in held} == {"everybody"}
+            assert one.status().endpoints[0].arbiter.startswith("server http://127.0.0.1")
+            with pytest.raises(AcquireTimeout, match="held by"):
+                two.acquire(timeout=0)
+            got: list[str] = []
+            thread = threading.Thread(target=lambda: got.append(two.acquire(timeout=40).uuid))
+            thread.start()
+            eventually(lambda: two.stats()["waiting"] == 1)
+            held[1].release()
+            thread.join(40)
+            assert got == [held[1].uuid]
+
+
+def test_processes_that_share_servers_never_share_a_card(fleet, tmp_path):
+    """Spawned processes over two servers: no overlap, growing tokens, nobody starves."""
+    endpoints = [Endpoint(server.url, name=server.name) for server in fleet]
+    race(endpoints, tmp_path / "log", {"poll_interval": 0.2, "health_check_interval": 1.0})
+
+
+def test_leases_are_renewed_while_they_are_held(fleet):
+    """A lease outlives its ttl many times over as long as its holder lives."""
+    with make_pool(fleet, ttl=0.6) as pool, pool.gpu(timeout=20) as gpu:
+        store = pool._engine.store_of(gpu.endpoint_id)
+        first = pool._engine.keeper.good_until(gpu._tie.grant.id)
+        eventually(lambda: pool._engine.keeper.good_until(gpu._tie.grant.id) > first + 1.2, message="two ttls pass")
+        gpu.check()
+        assert store.is_held(gpu.uuid)
+
+
+def test_a_lost_lease_is_told_and_final(fleet):
+    """When its server cannot be reached for too long, the holder is told before anybody else could have the card."""
+    told: list[object] = []
+    with make_pool(fleet, ttl=1.0, on_lost=told.append) as pool:
+        gpu = pool.acquire(timeout=20, endpoint="beta")
+        fleet[1].kill()
+        eventually(lambda: gpu.lost, timeout=20, message="the lease is lost")
+        with pytest.raises(LeaseLost, match="beta:0 is lost"):
+            gpu.check()
+        eventually(lambda: told, message="on_lost is called")
+        assert told[0].global_gpu_id == gpu.global_gpu_id
+        fleet[1].restart()
+        gpu.release()
+        assert gpu.lost
+        assert pool.stats()["held"] == 0
+
+
+def test_a_release_that_does_not_arrive_raises_nothing(fleet):
+    """A block ends without an error although its server is gone; the card comes back when the server does."""
+    with make_pool(fleet, ttl=2.0) as pool:
+        with pool.gpu(timeout=20, endpoint="beta"):
+            fleet[1].kill()
+        fleet[1].restart()
+        pool.acquire(timeout=40, endpoint="beta").release()
+
+
+@pytest.mark.external_service
+@pytest.mark.skipif(PROGRAM is None, reason="redis-server is not installed")
+def test_a_redis_pool_excludes_everybody(fleet, redis_server, tmp_path):
+    """With ``lease_store='redis://…'`` every client that names it is excluded, whatever the servers are."""
+    endpoints = [Endpoint(server.url, name=server.name) for server in fleet]
+    options = {"lease_store": redis_server.url, "poll_interval": 0.2, "health_check_interval": 1.0}
+    with GPUPool(endpoints, **options) as pool, pool.gpu(timeout=20) as gpu:
+        assert gpu.scope == "everybody"
+        assert pool.status().endpoints[0].arbiter.startswith("redis://")
+    race(endpoints, tmp_path / "log", options)
