@@ -120,11 +120,11 @@ class Keeper:
     def ensure_running(self) -> None:
         """Start the thread if there is something to keep and it does not run; supervision."""
         with self._lock:
-            if self._stopping or not self._kept or (self._thread is not None and self._thread.is_alive()):
+            if self._stopping or not self._kept or self._thread is not None:
                 return
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread = thread
             thread.start()
+            self._thread = thread
 
     def stop(self, timeout: float = 5.0) -> None:
         """Renew no more; waits up to *timeout* seconds for the thread. Leases end with their ttl."""
@@ -140,6 +140,14 @@ class Keeper:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._keep()
+        except BaseException:
+            with self._changed:
+                self._thread = None  # `ensure_running` starts another
+            raise
+
+    def _keep(self) -> None:
         while True:
             try:
                 pause = self.step()

@@ -124,6 +124,7 @@ class Monitor:
         # Guards _thread: there is never more than one scheduling thread.
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._died = False  # the scheduling thread ended though nobody stopped it
         self.polls = 0
         self.poll_seconds = 0.0
         self.restarts = 0
@@ -150,11 +151,12 @@ class Monitor:
 
     def ensure_running(self) -> None:
         """Restart the scheduling thread if something killed it."""
-        thread = self._thread
-        if thread is None or thread.is_alive() or self._stopping:
+        # Not Thread.is_alive(): interrupted in the wrong place, it marks a living thread as ended (CPython 3.11).
+        if not self._died or self._stopping:
             return
         with self._start_lock:
-            if self._thread is thread and not self._stopping:
+            if self._died and not self._stopping:
+                self._died = False
                 self.restarts += 1
                 logger.error("the monitor's thread died; starting another one")
                 self._start_thread_locked()
@@ -229,6 +231,12 @@ class Monitor:
     # -- the scheduling thread ---------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._keep_schedule()
+        finally:
+            self._died = not self._stopping
+
+    def _keep_schedule(self) -> None:
         while not self._stopping:
             try:
                 self._step()

@@ -7,6 +7,7 @@ lock, and the arbiter alone decides.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import itertools
@@ -587,7 +588,7 @@ class GPUPool:
 
     def _release_when_children_end(self) -> None:
         """Leases of commands that still run: nobody but a thread of their own will look after them."""
-        grants = [self._leaving.popleft() for _ in range(len(self._leaving))]
+        grants = list(self._leaving)
         if not grants:
             return
 
@@ -599,6 +600,7 @@ class GPUPool:
                 self._release(grant)
 
         threading.Thread(target=wait, name="gpupool-children", daemon=True).start()
+        self._leaving.clear()
 
     def __enter__(self) -> GPUPool:
         self.open()
@@ -995,29 +997,36 @@ class GPUPool:
     def _collect_dropped(self) -> None:
         while self._dropped:
             try:
-                reference = self._dropped.popleft()
+                reference = self._dropped[0]
             except IndexError:  # another thread was faster
                 return
-            grant = self._watched.pop(reference, None)
-            if grant is None or grant.released:
-                continue
-            if grant.lease is None or not grant.delivered:
-                # Not _give_up for a lease: a child of popen() may still run.
-                self._give_up(grant) if grant.lease is None else self._release(grant)
-                continue
-            self._counters.add("forgotten")
-            grant.forgotten = True
-            names = ", ".join(card.global_gpu_id for card in grant.cards)
-            text = (
-                f"the handle of {names}, acquired at {grant.place}, is gone without release(); the GPU stays leased "
-                "until pool.release_all(), pool.close() or the end of the process"
-            )
-            logger.warning("%s", text)
-            file, _, line = grant.place.rpartition(":")
-            try:
-                warnings.warn_explicit(text, ResourceWarning, file, int(line))
-            except ResourceWarning:  # made an error: on this thread nobody could handle it
-                continue
+            # Looked at first and taken out last: an interrupt in between only makes it happen again.
+            grant = self._watched.get(reference)
+            if grant is not None and not grant.released:
+                self._collect(grant)
+            self._watched.pop(reference, None)
+            with contextlib.suppress(ValueError):
+                self._dropped.remove(reference)
+
+    def _collect(self, grant: Grant) -> None:
+        """A claim that nobody can use or release any more."""
+        if grant.lease is None or not grant.delivered:
+            # Not _give_up for a lease: a child of popen() may still run.
+            self._give_up(grant) if grant.lease is None else self._release(grant)
+            return
+        self._counters.add("forgotten")
+        grant.forgotten = True
+        names = ", ".join(card.global_gpu_id for card in grant.cards)
+        text = (
+            f"the handle of {names}, acquired at {grant.place}, is gone without release(); the GPU stays leased "
+            "until pool.release_all(), pool.close() or the end of the process"
+        )
+        logger.warning("%s", text)
+        file, _, line = grant.place.rpartition(":")
+        try:
+            warnings.warn_explicit(text, ResourceWarning, file, int(line))
+        except ResourceWarning:  # made an error: on this thread nobody could handle it
+            return
 
     def _obtain(self, grant: Grant, request: GPURequest, deadline: Deadline) -> None:
         """Fill *grant*, or raise."""

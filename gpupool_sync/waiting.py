@@ -120,9 +120,10 @@ class Listener:
         # Always under the lock: beside it, a thread that has just decided to end would still look alive.
         with self._lock:
             self._rooms.add(room)
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="gpupool-listener", daemon=True)
-                self._thread.start()
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="gpupool-listener", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _needed(self) -> bool:
         with self._lock:
@@ -133,6 +134,14 @@ class Listener:
             return False
 
     def _run(self) -> None:
+        try:
+            self._listen_while_needed()
+        except BaseException:
+            with self._lock:
+                self._thread = None  # the next one who waits starts another
+            raise
+
+    def _listen_while_needed(self) -> None:
         pause = threading.Event()
         while self._needed():
             try:

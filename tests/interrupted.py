@@ -1,5 +1,5 @@
 """
-A program that is interrupted (Ctrl-C) thousands of times while it acquires and releases; prints what leaked.
+A program that is interrupted (as by Ctrl-C) thousands of times while it acquires and releases; prints what leaked.
 
 Run by `test_interrupts.py`: ``interrupted.py MODE INTERRUPTS``.  In mode "block" it uses ``with pool.gpu()``, in mode
 "acquire" ``acquire()`` and ``release()``, in mode "wait" it always has to wait for a thread that holds the card.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import signal
 import sys
@@ -19,6 +18,9 @@ import time
 from cards import HERE, Cards
 from gpupool_sync import GPUPool, devices
 from gpupool_sync.leases.memory import MemoryStore
+
+#: Seconds; a busy machine gets fewer interrupts in.
+LONGEST_RUN = 25.0
 
 
 def main() -> None:
@@ -30,19 +32,6 @@ def main() -> None:
     pool.open(wait=True)
     pool.acquire().release()
     done = threading.Event()
-    sent = 0
-
-    def interrupt() -> None:
-        nonlocal sent
-        # Spread over the microseconds of an acquire; the pauses let the program get somewhere in between.
-        chance = random.Random(interrupts)
-        while sent < interrupts:
-            sent += 1
-            os.kill(os.getpid(), signal.SIGINT)
-            until = time.perf_counter() + chance.random() * 0.0004
-            while time.perf_counter() < until:
-                time.sleep(0)
-        done.set()
 
     def rival() -> None:
         while not done.is_set():
@@ -52,9 +41,7 @@ def main() -> None:
             except TimeoutError:
                 pass
 
-    threads = [threading.Thread(target=interrupt, daemon=True)]
-    if mode == "wait":
-        threads.append(threading.Thread(target=rival, daemon=True))
+    threads = [threading.Thread(target=rival, daemon=True)] if mode == "wait" else []
     served = hits = 0
     armed = False
 
@@ -66,12 +53,17 @@ def main() -> None:
             hits += 1
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, handler)
+    # A timer of the kernel and not a thread that kills: a thread would have to wait for the interpreter.
+    signal.signal(signal.SIGALRM, handler)
+    chance = random.Random(interrupts)
+    longest = 0.003 if mode == "wait" else 0.00015  # seconds; a little more than an acquire and a release take
     for thread in threads:
         thread.start()
-    while not done.is_set():
+    end = time.monotonic() + LONGEST_RUN
+    while hits < interrupts and time.monotonic() < end:
         gpu = None
         try:
+            signal.setitimer(signal.ITIMER_REAL, 0.000001 + chance.random() * longest)
             armed = True
             if mode == "acquire":
                 gpu = pool.acquire(timeout=5)
@@ -84,15 +76,15 @@ def main() -> None:
             if gpu is not None:  # it reached us, so it is ours to release
                 pool.release(gpu)
         served += gpu is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    done.set()
     for thread in threads:
         thread.join()
     gpu = None
     gc.collect()
     deadline = time.monotonic() + 10
     while (store.leases() or store.queue()) and time.monotonic() < deadline:
-        done.wait(0)
-        time.sleep(0.01)
+        threading.Event().wait(0.01)
     leaked = len(store.leases()) + len(store.queue())
     usable = leaked == 0 and pool.acquire(timeout=10) is not None
     forgotten = pool.stats()["forgotten"]
