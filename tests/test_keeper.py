@@ -231,15 +231,21 @@ def test_an_arbiter_that_hangs_delays_no_other(lost):
     assert keeper.good_until("alive") > now
 
 
-def test_a_thread_that_died_is_started_again(lost):
+def test_a_thread_that_died_is_started_again(lost, monkeypatch):
     """Supervision: the next look at it does."""
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
     keeper = Keeper(lost.append)
+    dying = threading.Event()
+
+    def die():
+        dying.set()
+        raise SystemExit  # not an error that the keeper would survive
+
+    keeper.step = die
     keeper.add("a", Store(), 60.0, keeper._clock())
-    first = keeper._thread
-    first.join(0)
-    keeper._thread = threading.Thread(target=lambda: None)
+    assert dying.wait(20)
+    eventually(lambda: keeper._thread is None, message="the thread is gone")
+    del keeper.step
     keeper.ensure_running()
     assert keeper._thread.is_alive()
     keeper.stop()
-    first.join(5)
-    assert not first.is_alive()

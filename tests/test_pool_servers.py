@@ -51,7 +51,9 @@ def endpoint(pool, name):
 
 
 def breaker(pool, name, state):
-    eventually(lambda: endpoint(pool, name).breaker == state, message=lambda: f"{name}: {endpoint(pool, name)}")
+    eventually(
+        lambda: endpoint(pool, name).breaker == state, timeout=30, message=lambda: f"{name}: {endpoint(pool, name)}"
+    )
 
 
 def take_all(pool, number, **request):
@@ -187,7 +189,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_of_three_fails_and_comes_back(fleet, fault):
     """The others are not affected, its GPUs are not granted, and after recovery they are."""
-    with make_pool(fleet, endpoint_timeout=0.5) as pool:
+    with make_pool(fleet, endpoint_timeout=1.0) as pool:
         pool.open(wait=True)
         FAULTS[fault](fleet[0])
         breaker(pool, "alpha", "open")
