@@ -604,3 +604,27 @@ def test_leases_shows_who_holds_and_who_waits(server, capsys):
     assert answer["queue"][0]["note"] == "patient"
     status, out, _ = run(capsys, "leases", "--endpoints", f"one={server.url}")
     assert "0 leases, 0 waiting" in out
+
+
+@pytest.mark.real
+def test_serve_says_as_json_where_it_is(tmp_path):
+    """A program that starts a server learns its address from one JSON object."""
+    server = subprocess.Popen(command("serve", "--simulate", "2", "--port", "0", "--json"), stdout=subprocess.PIPE)
+    try:
+        answer = json.loads(server.stdout.readline())
+        assert answer["gpus"] == 2
+        assert answer["leases"] is True
+        with GPUPool(f"one={answer['url']}") as pool, pool.gpu(timeout=20) as gpu:
+            assert gpu.endpoint_id == "one"
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+        server.stdout.close()
+
+
+@pytest.mark.real
+def test_serve_tells_its_errors_as_json(capsys):
+    """A port that is none is an object too, with exit status 1."""
+    status, answer = run_json(capsys, "serve", "--simulate", "1", "--port", "no-port")
+    assert status == 1
+    assert answer["error"]["type"] == "ConfigError"

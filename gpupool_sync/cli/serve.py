@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from gpupool_sync.cli._common import json_option, print_json
+
 
 @click.command()
 @click.option(
@@ -64,6 +66,7 @@ import click
     "[default: GPU_POOL_LOCK_DIR, or the system's lock directory; a private one with --simulate]",
 )
 @click.option("--no-leases", is_flag=True, help="Serve statistics only; grant no leases to other machines.")
+@json_option
 @click.pass_context
 def serve(
     context: click.Context,
@@ -79,11 +82,13 @@ def serve(
     name: str | None,
     lock_dir: str | None,
     no_leases: bool,
+    as_json: bool,
 ) -> None:
     """
     Serve this host's GPU statistics, and leases on its GPUs, by HTTP, until interrupted.
 
-    Pools read them: export GPU_SERVICE_ENDPOINTS=http://HOST:PORT
+    Pools read them: export GPU_SERVICE_ENDPOINTS=http://HOST:PORT. With --json the one value is printed when the server
+    can be reached.
     """
     _only_with_simulate(context, simulate)
     # Imported here: the other commands do without it.
@@ -111,7 +116,7 @@ def serve(
             lag=simulate_lag,
             seed=seed,
         )
-    run.serve(reader, options, announce=click.echo)
+    run.serve(reader, options, announce=print_json if as_json else click.echo)
 
 
 def _only_with_simulate(context: click.Context, simulate: str | None) -> None:

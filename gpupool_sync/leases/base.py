@@ -205,17 +205,21 @@ class LeaseStore(Protocol):
         """
 
     def is_held(self, key: str) -> bool:
-        """Whether anybody holds the card or a share of it, as far as is known here, without I/O."""
+        """
+        Whether anybody holds the card or a share of it, as far as is known here.
+
+        Never asks over a network; at most it looks at local files.
+        """
 
     def holders_of(self, key: str) -> Sequence[LeaseInfo]:
         """
-        Who holds the card, as far as is known here, without I/O; empty if nobody.
+        Who holds the card, as far as is known here; empty if nobody. No network, as in `is_held`.
 
         For ranking and for explanations; only `claim` decides.
         """
 
     def released_at(self, key: str) -> float | None:
-        """`clock.boottime` of the card's last release as far as is known here, without I/O; None if never."""
+        """`clock.boottime` of the card's last release, as far as is known here; None if never. No network either."""
 
     def descriptors(self, lease_id: str) -> Sequence[int]:
         """File descriptors that keep the lease as long as any process has them open; a child may inherit them."""

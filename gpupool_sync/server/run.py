@@ -262,11 +262,11 @@ def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve(reader: Reader, options: Options, announce: Callable[[str], object] = print) -> None:
+def serve(reader: Reader, options: Options, announce: Callable[[Announcement], object] = print) -> None:
     """
     Serve what *reader* reads until SIGINT or SIGTERM; closes the reader.
 
-    *announce* gets a line when the server can be reached.
+    *announce* is called when the server can be reached.
 
     Raises:
         MissingExtra: FastAPI or uvicorn is not installed.
@@ -323,16 +323,35 @@ def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextl
         return None
 
 
-def _announcement(host: str, port: int, sampler: Sampler, leases: LeaseAPI | None) -> str:
-    url = url_of(host, port)
+@attrs.frozen
+class Announcement:
+    """What a server says once it can be reached; as text, one line."""
+
+    url: str
+    gpus: int | None  # None: no reading yet
+    gpus_unavailable: int
+    source: str  # where the readings come from, or why there are none
+    leases: bool
+
+    def __str__(self) -> str:
+        if self.gpus is None:
+            cards = f"no readings yet: {self.source}"
+        else:
+            cards = f"{self.gpus} GPU{'' if self.gpus == 1 else 's'}, {self.source}"
+            if self.gpus_unavailable:
+                cards += f"; {self.gpus_unavailable} cannot be read"
+        if not self.leases:
+            cards += "; no leases"
+        return f"serving {self.url} ({cards}); for clients: export GPU_SERVICE_ENDPOINTS={self.url}"
+
+
+def _announcement(host: str, port: int, sampler: Sampler, leases: LeaseAPI | None) -> Announcement:
     published = sampler.published
-    if published.sample is None:
-        cards = f"no readings yet: {published.error}"
-    else:
-        count = len(published.sample.gpus)
-        cards = f"{count} GPU{'' if count == 1 else 's'}, {sampler.reader.description}"
-        if published.sample.faults:
-            cards += f"; {len(published.sample.faults)} cannot be read"
-    if leases is None:
-        cards += "; no leases"
-    return f"serving {url} ({cards}); for clients: export GPU_SERVICE_ENDPOINTS={url}"
+    sample = published.sample
+    return Announcement(
+        url=url_of(host, port),
+        gpus=None if sample is None else len(sample.gpus),
+        gpus_unavailable=0 if sample is None else len(sample.faults),
+        source=str(published.error) if sample is None else sampler.reader.description,
+        leases=leases is not None,
+    )
