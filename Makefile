@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# make soak SOAK_ARGS="--store redis --seconds 60"
+SOAK_ARGS ?=
 
 # Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
 TEST_SYSTEM_PACKAGES ?= redis-server
@@ -15,13 +17,14 @@ TEST_SYSTEM_PACKAGES ?= redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench soak lint clean
 
 help:
 	@echo "make demo    three simulated servers, one of them killed and restarted; DEMO_ARGS=--json for programs"
 	@echo "make test    the tests; TEST_ARGS goes to pytest"
 	@echo "make lint    ruff, mypy and the import contract"
 	@echo "make bench   the benchmarks; BENCH_ARGS goes to them"
+	@echo "make soak    ten minutes of chaos among processes; SOAK_ARGS=\"--store server\" or redis, see --help"
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=$(PYTHON) makes the virtual environment; 3.10 or later"
 
@@ -40,6 +43,9 @@ lint: $(VENV)/.dev-installed
 
 bench: $(VENV)/.bench-installed
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+soak: $(VENV)/.bench-installed
+	@$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -110,22 +110,31 @@ def boot_id() -> str:
     return "unknown"
 
 
-class _Descriptor:
-    """An open file that is closed when the last reference goes: an interrupt between two lines cannot leak it."""
+#: Makes an object that owns a descriptor and closes it when it is freed, in C. They are made for the descriptors of
+#: event queues, but look at nothing but the number.
+_own: Callable[[int], Any] = getattr(select, "epoll" if hasattr(select, "epoll") else "kqueue").fromfd
 
-    __slots__ = ("fd",)
+
+class _Descriptor:
+    """
+    An open file that is closed when the last reference goes: an interrupt between two lines cannot leak it.
+
+    No ``__del__``: that is Python code, in which an interrupt can fall and is swallowed, and the lock would stay.
+    ``io.FileIO`` closes in C too, but warns.
+    """
+
+    __slots__ = ("_owner",)
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self._owner = _own(fd)
 
-    def close(self, _close: Callable[[int], None] = os.close) -> None:
-        # Bound here: when the interpreter ends, `os` may be gone before the last descriptor.
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            _close(fd)
+    @property
+    def fd(self) -> int:
+        """The number; -1 once it is closed."""
+        return -1 if self._owner.closed else int(self._owner.fileno())
 
-    def __del__(self) -> None:
-        self.close()
+    def close(self) -> None:
+        self._owner.close()
 
 
 class _Directory:
