@@ -1388,7 +1388,7 @@ class GPUPool:
                     self._leaving.append(grant)
                 return
         engine = self._engine
-        if engine is not None:
+        if engine is not None and grant.lease is not None and grant.lease.ttl is not None:
             grant.why_lost()  # lost is final: looked at once more before the keeper forgets it
             engine.keeper.remove(grant.id)
         # Idempotent at the store, so an interrupt before the next line only makes it happen again.
