@@ -26,7 +26,6 @@ import socket
 import stat
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -48,6 +47,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
+from gpupool_sync.leases.shared import Gone, Subscribers
 from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
 
@@ -70,8 +70,6 @@ RECORD_BYTES = 1024
 RECORD_TIME = 0.25
 #: Seconds to wait for the guard of a shared card; it is held for microseconds, but its holder may be stopped.
 GUARD_TIME = 0.2
-#: Ids that are remembered as gone; the claims of one process are never late by more than a thread's time slice.
-MAX_GONE = 10_000
 #: Seconds that a server's word for a remote holder is believed at most: the longest ttl, and the server's downtime.
 MAX_REMOTE = 600.0
 #: Explanations name at most so many cards.
@@ -316,12 +314,11 @@ class HostStore:
         self._mine: dict[str, str] = {}  # card key -> a lease id of this process
         self._tickets: dict[str, _Ticket] = {}  # by claim id
         self._ticket_ids: dict[str, str] = {}  # ticket name -> claim id
-        self._gone: set[str] = set()
-        self._gone_order: deque[str] = deque()
+        self._gone = Gone()
         self._listing: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
         self._checked: dict[str, float] = {}  # card key -> when the kernel was asked whether its holder lives
         self._records: dict[str, tuple[float, dict[str, Any] | None]] = {}  # card key -> read at, record
-        self._hints: tuple[Hint, ...] = ()
+        self._hints = Subscribers()
         self._socket: socket.socket | None = None
         self._socket_name = ""
         self._has_socket = threading.Event()
@@ -665,7 +662,7 @@ class HostStore:
         waited = False
         for lease_id in ids:
             with self._lock:
-                self._remember_gone_locked(lease_id)
+                self._gone.add(lease_id)
                 held = self._held.get(lease_id)
             if held is not None:
                 # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
@@ -800,13 +797,6 @@ class HostStore:
             and record.get("remote") == _digest(lease.id)
         )
 
-    def _remember_gone_locked(self, lease_id: str) -> None:
-        if lease_id not in self._gone:
-            self._gone_order.append(lease_id)
-            self._gone.add(lease_id)
-            if len(self._gone_order) > MAX_GONE:
-                self._gone.discard(self._gone_order.popleft())
-
     def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
         # The kernel keeps these leases as long as their process lives: nothing to renew, only to look up.
         with self._lock:
@@ -923,8 +913,7 @@ class HostStore:
                 os.pwrite(file.fd, _hint_stamp(now), 0)
             mine = self._ticket_ids.get(name)
             if mine is not None:
-                for hint in self._hints:
-                    hint([mine])
+                self._hints.tell([mine])
                 continue
             sock = self._socket_of(name)
             if sock is None or not self._send(sock, name):
@@ -1004,17 +993,7 @@ class HostStore:
     # -- hints -------------------------------------------------------------------------------------------------
 
     def subscribe(self, hint: Hint) -> Callable[[], None]:
-        with self._lock:
-            self._hints = (*self._hints, hint)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                self._hints = tuple(other for other in self._hints if other is not hint)
-                last = not self._hints
-            if last:
-                self.close()  # comes back by itself when somebody waits again
-
-        return unsubscribe
+        return self._hints.add(hint, on_last=self.close)  # comes back by itself when somebody waits again
 
     def listen(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -1029,8 +1008,7 @@ class HostStore:
             for _ in range(256):
                 mine = self._ticket_ids.get(sock.recv(256).decode("ascii", "replace"))
                 if mine is not None:
-                    for hint in self._hints:
-                        hint([mine])
+                    self._hints.tell([mine])
 
     # -- looking -----------------------------------------------------------------------------------------------
 

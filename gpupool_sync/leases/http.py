@@ -34,6 +34,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
 )
 from gpupool_sync.leases.documents import BadDocument, digest
+from gpupool_sync.leases.shared import Subscribers
 from gpupool_sync.transport import Answer, Transport
 
 #: Seconds that what an answer said of other holders is believed.
@@ -84,7 +85,7 @@ class HTTPStore:
         self._hearsay: dict[str, tuple[float, LeaseInfo]] = {}  # card key -> heard at, who has it
         self._released_at: dict[str, float] = {}
         self._owed: dict[str, None] = {}  # ids whose release did not arrive
-        self._hints: tuple[Hint, ...] = ()
+        self._hints = Subscribers()
         # Set while there are tickets, or nobody should wait for one.
         self._awake = threading.Event()
         self._closed = False
@@ -240,14 +241,7 @@ class HTTPStore:
     # -- hints -------------------------------------------------------------------------------------------------
 
     def subscribe(self, hint: Hint) -> Callable[[], None]:
-        with self._lock:
-            self._hints = (*self._hints, hint)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                self._hints = tuple(other for other in self._hints if other is not hint)
-
-        return unsubscribe
+        return self._hints.add(hint)
 
     def listen(self, timeout: float) -> None:
         begin = time.monotonic()
@@ -271,11 +265,9 @@ class HTTPStore:
             return
         with self._lock:
             by_digest = {digest(claim_id): claim_id for claim_id in self._tickets}
-            hints = self._hints
         mine = [by_digest[each] for each in told if each in by_digest]
         if mine:
-            for hint in hints:
-                hint(mine)
+            self._hints.tell(mine)
 
     # -- looking -----------------------------------------------------------------------------------------------
 

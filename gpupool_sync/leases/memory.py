@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gpupool_sync.clock import boottime
@@ -27,12 +26,10 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
+from gpupool_sync.leases.shared import Gone, Subscribers
 from gpupool_sync.leases.tickets import TicketQueue
 from gpupool_sync.models import Reason
 
-#: Ids remembered as gone. Inside one process a delayed duplicate is at most a thread's time slice late, so a number
-#: bounds the memory better than the ten minutes that arbiters behind a network need.
-_MAX_GONE = 10_000
 #: Refusals explain at most so many cards: a claim may name thousands.
 _MAX_REASONS = 64
 
@@ -63,11 +60,10 @@ class MemoryStore:
         self._leases: dict[str, Lease] = {}  # by id
         self._cards: dict[str, tuple[Lease, ...]] = {}  # the leases on each held card, replaced as a whole
         self._released_at: dict[str, float] = {}
-        self._gone: set[str] = set()
-        self._gone_order: deque[str] = deque()
+        self._gone = Gone()
         self._token = 0
         self._queue = TicketQueue()
-        self._hints: tuple[Hint, ...] = ()
+        self._hints = Subscribers()
 
     # -- claiming ----------------------------------------------------------------------------------------------
 
@@ -75,7 +71,7 @@ class MemoryStore:
         with self._lock:
             outcome, hints = self._claim_locked(claim)
         if hints:
-            self._tell(hints)
+            self._hints.tell(hints)
         return outcome
 
     def _claim_locked(self, claim: Claim) -> tuple[Outcome, list[str]]:
@@ -178,21 +174,14 @@ class MemoryStore:
                             self._cards.pop(key, None)
                     freed += lease.cards
                     self._leases.pop(lease_id, None)
-                self._remember_gone_locked(lease_id)
+                self._gone.add(lease_id)
                 if self._queue:
                     self._queue.remove(lease_id)
             hints = self._queue.hints(freed, now, self._fits_locked) if self._queue else []
         if hints:
-            self._tell(hints)
+            self._hints.tell(hints)
 
     withdraw = release
-
-    def _remember_gone_locked(self, lease_id: str) -> None:
-        if lease_id not in self._gone:
-            self._gone_order.append(lease_id)
-            self._gone.add(lease_id)
-            if len(self._gone_order) > _MAX_GONE:
-                self._gone.discard(self._gone_order.popleft())
 
     def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
         # Leases of this arbiter live as long as their process: there is nothing to renew, only to look up.
@@ -201,19 +190,8 @@ class MemoryStore:
 
     # -- hints -------------------------------------------------------------------------------------------------
 
-    def _tell(self, ids: Iterable[str]) -> None:
-        for hint in self._hints:
-            hint(ids)
-
     def subscribe(self, hint: Hint) -> Callable[[], None]:
-        with self._lock:
-            self._hints = (*self._hints, hint)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                self._hints = tuple(other for other in self._hints if other is not hint)
-
-        return unsubscribe
+        return self._hints.add(hint)
 
     def listen(self, timeout: float) -> None:
         """Never needed: hints are called by whoever releases."""

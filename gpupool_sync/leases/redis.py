@@ -44,6 +44,7 @@ from gpupool_sync.leases.base import (
     Share,
     TicketInfo,
 )
+from gpupool_sync.leases.shared import Subscribers
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, RESERVE_TIME
 from gpupool_sync.models import Reason
 
@@ -685,7 +686,7 @@ class RedisStore:
         self._test_clock = clock
         self._clock = boottime if clock is None else clock
         self._warned = False
-        self._hints: tuple[Hint, ...] = ()
+        self._hints = Subscribers()
         self._fresh_state()
         _stores_of_this_process.add(self)
 
@@ -759,7 +760,7 @@ class RedisStore:
         if answer["freed"]:
             self._note_freed(answer["freed"], answer["given"] or ())
         if answer["told"]:
-            self._tell(answer["told"])
+            self._hints.tell(answer["told"])
         return dict(answer)
 
     def _error(self, exc: BaseException) -> LeaseStoreError:
@@ -928,22 +929,8 @@ class RedisStore:
 
     # -- hints -------------------------------------------------------------------------------------------------
 
-    def _tell(self, ids: Iterable[str]) -> None:
-        for hint in self._hints:
-            hint(ids)
-
     def subscribe(self, hint: Hint) -> Callable[[], None]:
-        with self._lock:
-            self._hints = (*self._hints, hint)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                self._hints = tuple(other for other in self._hints if other is not hint)
-                last = not self._hints
-            if last:
-                self.close()  # comes back by itself when somebody claims again
-
-        return unsubscribe
+        return self._hints.add(hint, on_last=self.close)  # comes back by itself when somebody claims again
 
     def listen(self, timeout: float) -> None:
         """As the contract says; also reads, each second, who holds what, for those who wait."""
@@ -959,7 +946,7 @@ class RedisStore:
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
             raise self._error(exc) from exc
         self._note_freed(freed or (), given or ())
-        self._tell([claim_id])
+        self._hints.tell([claim_id])
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -1064,7 +1051,7 @@ class RedisStore:
     def forget_after_fork(self) -> None:
         """The parent's leases are not ours, and its connections are not used: answers to both would be mixed up."""
         _inherited.append((self._client, self._listening))
-        self._hints = ()
+        self._hints = Subscribers()
         self._fresh_state()
 
     def close(self) -> None:
