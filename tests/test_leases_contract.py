@@ -12,7 +12,7 @@ import pytest
 from gpupool_sync.clock import boottime
 from gpupool_sync.config import Endpoint, Settings
 from gpupool_sync.errors import LeaseLost, LeaseStoreError
-from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Queued, Refused, Share, Wanted
+from gpupool_sync.leases.base import CLOSED_TIME, Claim, Granted, Holder, LeaseStore, Queued, Refused, Share, Wanted
 from gpupool_sync.leases.host import HostStore
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
@@ -165,6 +165,118 @@ def test_threads_racing_for_cards_never_hold_one_twice(store):
     assert log.overlaps() == []
     assert log.token_regressions() == []
     assert store.leases() == []
+
+
+# -- taking away -----------------------------------------------------------------------------------------------
+
+
+def test_a_revoked_lease_keeps_its_card_until_its_holder_lets_go(store, clock):
+    """Its holder is told; nobody is granted the card while that one may still compute on it."""
+    wish = claim("a", who="alice")
+    lease = store.claim(wish).lease
+    assert store.why_gone(wish.id) is None
+
+    assert store.revoke("a", lease.token, "bob") is True
+    assert store.renew([wish.id]) == {wish.id: False}
+    assert store.why_gone(wish.id) == "it was revoked by bob"
+    with pytest.raises(LeaseLost):
+        store.claim(wish)
+    assert isinstance(store.claim(claim("a", who="carol")), Refused)
+    clock.advance(0.1)
+    store.release([wish.id])
+    refused = store.claim(claim("a", who="carol"))
+
+    assert isinstance(refused, Refused)
+    assert refused.reasons["a"].code == "closed"
+    assert set(store.closed()) == {"a"}
+    assert store.leases() == []
+
+
+def revoked_and_let_go(store, *keys, count=1):
+    wish = claim(*keys, count=count)
+    lease = store.claim(wish).lease
+    assert store.revoke(lease.cards[-1], lease.token, "bob") is True
+    store.release([wish.id])
+    return lease
+
+
+def test_a_closed_card_opens_when_a_later_reading_shows_it_empty(store, clock):
+    """A reading from before the end says nothing of what its last holder left behind."""
+    before = revoked_and_let_go(store, "a")
+    clock.advance(5.0)
+
+    assert isinstance(store.claim(claim("a", emptied={"a": 5.1})), Refused)
+    assert isinstance(store.claim(claim("a", emptied={"b": 1.0})), Refused)
+    assert store.claim(claim("a", emptied={"a": 4.9})).lease.token > before.token
+    assert list(store.closed()) == []
+
+
+def test_a_closed_card_opens_after_a_while(store, clock):
+    """Where nobody tells what is on a card, time has to do."""
+    revoked_and_let_go(store, "a", "b", count=2)
+    clock.advance(CLOSED_TIME - 0.1)
+    assert isinstance(store.claim(claim("a", "b")), Refused)
+    clock.advance(0.1)
+
+    assert granted(store.claim(claim("a", "b", count=2))) == ("a", "b")
+    assert list(store.closed()) == []
+
+
+def test_a_closed_card_does_not_keep_anybody_from_others(store):
+    """What is free is granted; a share of a closed card is not."""
+    revoked_and_let_go(store, "a")
+
+    assert granted(store.claim(claim("a", "b"))) == ("b",)
+    assert isinstance(store.claim(claim("a", share=Share(places=2))), Refused)
+
+
+def test_a_waiter_gets_a_closed_card_when_it_has_seen_it_empty(store, clock):
+    """It is told of the end of the lease, and keeps its place."""
+    hints = Hints(store)
+    wish = claim("a")
+    lease = store.claim(wish).lease
+    waits = claim("a", who="b", queue=True)
+    later = claim("a", who="c", queue=True)
+    assert [store.claim(each) for each in (waits, later)] == [Queued(0), Queued(1)]
+    store.revoke("a", lease.token, "bob")
+    store.release([wish.id])
+    assert hints.take() == [waits.id]
+    assert store.claim(waits) == Queued(0)
+    assert "a" in store.closed()
+    clock.advance(0.2)
+
+    assert not isinstance(store.claim(attrs.evolve(later, emptied={"a": 0.1})), Granted)
+    assert granted(store.claim(attrs.evolve(waits, emptied={"a": 0.1}))) == ("a",)
+
+
+def test_only_the_lease_with_the_token_is_revoked(store):
+    """Neither the next lease on the card, nor that of another card, nor one that has ended."""
+    first = claim("a")
+    old = store.claim(first).lease.token
+    store.release([first.id])
+    second, other = claim("a"), claim("b")
+    token = store.claim(second).lease.token
+    store.claim(other)
+
+    wrong = [("a", old), ("b", token + 10**9), ("c", token)]
+    assert [store.revoke(key, number, "bob") for key, number in wrong] == [False, False, False]
+    assert store.renew([second.id, other.id]) == {second.id: True, other.id: True}
+    assert store.why_gone(second.id) is None
+    store.release([second.id])
+    granted(store.claim(claim("a")))
+
+
+def test_one_of_several_sharers_can_be_revoked(store):
+    """The others stay, and so does the card for them: what is left of a share shows in the readings."""
+    wishes = [claim("a", who=name, share=Share(places=2)) for name in ("alice", "carol")]
+    tokens = [store.claim(wish).lease.token for wish in wishes]
+    assert len(set(tokens)) == 2
+
+    assert store.revoke("a", tokens[0], "bob") is True
+    assert store.renew([wish.id for wish in wishes]) == {wishes[0].id: False, wishes[1].id: True}
+    assert isinstance(store.claim(claim("a", share=Share(places=2))), Refused)
+    store.release([wishes[0].id])
+    granted(store.claim(claim("a", share=Share(places=2))))
 
 
 # -- idempotent ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ suite runs over every implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -14,6 +14,10 @@ import attrs
 from gpupool_sync.models import Reason
 
 Scope = Literal["process", "host", "everybody"]
+
+#: Seconds that a card stays closed after a whole-card lease that its holder did not give back (it expired, or was
+#: revoked), unless a reading shows it empty before: what is left of that holder may still compute on it.
+CLOSED_TIME = 60.0
 
 
 @attrs.frozen
@@ -78,6 +82,8 @@ class Claim:
     #: arbiters sets this at one of them only: two waiters that collect at two arbiters could starve each other.
     reserve: bool = True
     note: str | None = None
+    #: Of cards that `LeaseStore.closed` names: seconds since a reading showed the card empty.
+    emptied: Mapping[str, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -170,6 +176,9 @@ class LeaseStore(Protocol):
         Idempotent by `claim.id`: repeating a granted claim returns the same lease.  The cards of a claim that is not
         granted may change from call to call (a ticket is rewritten); holder, count and share may not.
 
+        A card whose last lease expired or was revoked is closed, and is granted only when the claim's `emptied` says
+        that a reading after that end showed it empty, or when `CLOSED_TIME` has passed.
+
         Raises:
             LeaseLost: this id was released, revoked, withdrawn or has expired (remembered for 10 minutes), so a
                 delayed duplicate cannot take a card again.
@@ -189,6 +198,24 @@ class LeaseStore(Protocol):
 
     def withdraw(self, ids: Iterable[str]) -> None:
         """Leave the queue; the same as `release` for an id that was granted in the meantime."""
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        """
+        Take the lease with this fencing token away from whoever holds the card; False if there is no such lease.
+
+        Its holder is told: `why_gone` says *by* whom, `renew` answers False.  Nobody is granted the card before the
+        holder lets go of it, or the kernel or the ttl ends the lease; then it is closed, as after an expiry.
+        """
+
+    def why_gone(self, lease_id: str) -> str | None:
+        """
+        Why a lease of this process does not hold any more though it was not released; None: as far as is known it does.
+
+        Never asks over a network; at most it looks at what is open already, so that it can be asked at any time.
+        """
+
+    def closed(self) -> Collection[str]:
+        """The cards that are closed after an expiry or a revocation, as far as is known here; mostly none."""
 
     def listen(self, timeout: float) -> None:
         """

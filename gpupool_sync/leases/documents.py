@@ -175,6 +175,7 @@ def claim_document(claim: Claim, ttl: float) -> dict[str, Any]:
         "queue": claim.queue,
         "reserve": claim.reserve,
         "note": claim.note,
+        **({"emptied": dict(claim.emptied)} if claim.emptied else {}),
     }
 
 
@@ -207,6 +208,23 @@ def read_claim(fields: Mapping[str, Any]) -> Claim:
         queue=_flag(fields.get("queue", False), "queue"),
         reserve=_flag(fields.get("reserve", True), "reserve"),
         note=_read_note(fields.get("note")),
+        emptied={
+            _text(key, "emptied", _LONGEST_KEY): _seconds(age, "emptied")
+            for key, age in _object(fields.get("emptied", {}), "emptied").items()
+        },
+    )
+
+
+def revocation_document(key: str, token: int, by: str) -> dict[str, Any]:
+    return {"key": key, "token": token, "by": by}
+
+
+def read_revocation(fields: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Card, fencing token and by whom, in the body of ``POST /v1/leases/revoke``."""
+    return (
+        _text(fields.get("key"), "key", _LONGEST_KEY),
+        _count(fields.get("token"), "token", 0, _TOKEN_LIMIT),
+        clean_text(_text(fields.get("by"), "by", 1000))[:_LONGEST_NOTE],
     )
 
 
@@ -280,6 +298,22 @@ def read_alive(fields: Mapping[str, Any], number: int) -> list[bool]:
     if len(alive) != number:
         raise BadDocument(f"alive: {number} were asked for")
     return alive
+
+
+def read_found(fields: Mapping[str, Any]) -> bool:
+    return _flag(fields.get("found"), "found")
+
+
+def read_why(fields: Mapping[str, Any], number: int) -> list[str | None]:
+    """Why leases are gone, in the order of the ids; None: alive, or nobody knows. Servers may leave it out."""
+    told = _list(fields.get("why", []), "why", MAX_IDS)
+    if len(told) != number:
+        return [None] * number
+    return [None if each is None else clean_text(_text(each, "why", 1000)) for each in told]
+
+
+def read_closed(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    return _read_keys(fields.get("closed", []), "closed")
 
 
 def read_hints(fields: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -47,9 +47,10 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
-from gpupool_sync.leases.shared import Gone, Subscribers
+from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open
 from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
+from gpupool_sync.wire import clean_text
 
 try:
     import fcntl
@@ -66,6 +67,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 #: Records are padded to this many bytes, so that a file system that fills up later still takes the next one.
 RECORD_BYTES = 1024
+#: Bytes after the record where anybody can say that its lease is revoked: what the holder writes does not undo it.
+MARK_BYTES = 512
 #: Seconds that what a record said is believed when only ranking depends on it.
 RECORD_TIME = 0.25
 #: Seconds to wait for the guard of a shared card; it is held for microseconds, but its holder may be stopped.
@@ -195,6 +198,17 @@ class _Directory:
                 return made, True
         raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
 
+    @staticmethod
+    def names(dir_fd: int) -> list[str]:
+        """
+        What is in the directory now.
+
+        By a descriptor of its own: all who list one descriptor, threads and forked children, move one position, and
+        each would miss the names that another has just read.
+        """
+        own = _Descriptor(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd))
+        return os.listdir(own.fd)
+
     def socket_path(self, name: str) -> str:
         """Where a socket of the queue is: by descriptor, as long paths do not fit into a socket's address."""
         if os.path.isdir("/proc/self/fd"):
@@ -318,6 +332,7 @@ class HostStore:
         self._listing: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
         self._checked: dict[str, float] = {}  # card key -> when the kernel was asked whether its holder lives
         self._records: dict[str, tuple[float, dict[str, Any] | None]] = {}  # card key -> read at, record
+        self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
         self._socket_name = ""
@@ -338,6 +353,8 @@ class HostStore:
                 lease = held.lease
                 if (lease.holder, len(lease.cards), lease.share) != (claim.holder, claim.count, claim.share):
                     raise LeaseStoreError(f"{self.description}: this lease id is in use with another request")
+                if (by := _revoked_by(held)) is not None:
+                    raise LeaseLost(f"this lease was revoked by {by}")
                 return Granted(lease)
             if claim.id in self._gone:
                 raise LeaseLost("this lease was released or withdrawn before")
@@ -371,6 +388,7 @@ class HostStore:
                 for key in granted.lease.cards:
                     self._mine[key] = claim.id
                     self._records.pop(key, None)  # what was read before is over
+                    self._closed.pop(key, None)
         if late:
             self._free(granted)
             raise LeaseLost("this lease was released while it was being granted")
@@ -386,7 +404,7 @@ class HostStore:
             return None
         now = self._clock()
         looked: dict[str, bool] = {}
-        fits = partial(self._fits_by_record, looked)
+        fits = partial(self._fits_by_record, looked, claim.emptied)
         while True:
             picked, hinted = queue.choose(claim, now, fits)
             dead = self._tell(hinted, now)
@@ -433,12 +451,14 @@ class HostStore:
             if len(keys) == claim.count:
                 break
             locked = (
-                self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim.id)
+                self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim)
             )
             if locked is None:
                 continue
             record = _read(locked[0][0])
-            if claim.share is None and self._spoken_for(record, locked[0][1], claim.id):
+            if claim.share is None and (
+                self._spoken_for(record, locked[0][1], claim.id) or self._is_closed(wanted.key, record, claim.emptied)
+            ):
                 locked[0][0].close()
                 continue
             for file, name in locked:
@@ -478,7 +498,7 @@ class HostStore:
             file.close()
         return None
 
-    def _lock_share(self, wanted: Wanted, share: Share, claim_id: str) -> list[tuple[_Descriptor, str]] | None:
+    def _lock_share(self, wanted: Wanted, share: Share, claim: Claim | Lease) -> list[tuple[_Descriptor, str]] | None:
         """``LOCK_SH`` on the card and ``LOCK_EX`` on a file of the share's own, counted under a short guard."""
         name = _file_name(wanted.key)
         guard, _ = self._directory.open_shared_file(f"{name}.guard", self._directory.fd)
@@ -492,11 +512,14 @@ class HostStore:
             if not _take(card, fcntl.LOCK_SH) or not self._directory.is_current(card, name, self._directory.fd):
                 card.close()
                 return None
-            own = f"{name}.share-{_digest(claim_id)}"
+            own = f"{name}.share-{_digest(claim.id)}"
             record = _read(card)
             whole = record is not None and record.get("share") is None
-            if (whole and self._spoken_for(record, name, claim_id)) or not _fits(
-                self._live_shares(name, own), share, wanted.room_mb
+            emptied = claim.emptied if isinstance(claim, Claim) else {}
+            if (
+                (whole and self._spoken_for(record, name, claim.id))
+                or self._is_closed(wanted.key, record, emptied)
+                or not _fits(self._live_shares(name, own), share, wanted.room_mb)
             ):
                 card.close()
                 return None
@@ -512,7 +535,7 @@ class HostStore:
     def _live_shares(self, name: str, own: str | None = None) -> list[dict[str, Any]]:
         """The records of the card's shares that are held (but for *own*); files of dead ones are removed."""
         found: list[dict[str, Any]] = []
-        for other in os.listdir(self._directory.fd):
+        for other in self._directory.names(self._directory.fd):
             if not other.startswith(f"{name}.share-"):
                 continue
             with contextlib.suppress(OSError):
@@ -542,12 +565,32 @@ class HostStore:
         # The card's file has the record of one of its shares only.
         return bool(self._live_shares(name))
 
+    def _is_closed(self, key: str, record: Mapping[str, Any] | None, emptied: Mapping[str, float]) -> bool:
+        """Whether the last lease of the whole card ended without being given back, and its job may still run."""
+        closed_at = self._closed_at(record)
+        now = self._clock()
+        # An instant to come is garbled, as no record of this boot is from the future.
+        if closed_at is None or closed_at > now or is_open(closed_at, None, now):
+            self._closed.pop(key, None)
+            return False
+        self._closed[key] = closed_at
+        return not is_open(closed_at, emptied.get(key), now)
+
+    def _closed_at(self, record: Mapping[str, Any] | None) -> float | None:
+        if record is None or record.get("share") is not None or record.get("boot") != self._boot:
+            return None
+        # A server that was down when a ttl ended could not write that it did.
+        told = record.get("closed_at" if record.get("released_at") is not None else "remote_until")
+        return float(told) if isinstance(told, (int, float)) else None
+
     def _reasons(self, claim: Claim) -> dict[str, Reason]:
         reasons: dict[str, Reason] = {}
         for wanted in (wanted for group in claim.groups for wanted in group):
             if len(reasons) >= MAX_REASONS:
                 break
-            self._records.pop(wanted.key, None)
+            if self._is_closed(wanted.key, self._record(wanted.key, fresh=True), claim.emptied):
+                reasons[wanted.key] = CLOSED
+                continue
             holders = self.holders_of(wanted.key)
             if holders and (claim.share is None or holders[0].share is None):
                 reasons[wanted.key] = Reason("held", f"held by {holders[0].holder}")
@@ -612,12 +655,17 @@ class HostStore:
         return record
 
     def _fits_by_record(
-        self, looked: dict[str, bool], wanted: Wanted, share: Share | None, pending: Sequence[Share | None]
+        self,
+        looked: dict[str, bool],
+        emptied: Mapping[str, float],
+        wanted: Wanted,
+        share: Share | None,
+        pending: Sequence[Share | None],
     ) -> bool:
         """Whether the card would do, as far as files say without a lock; *looked* remembers for one operation."""
         free = looked.get(wanted.key)
         if free is None:
-            free = looked[wanted.key] = self._free_by_record(wanted.key, shared=share is not None)
+            free = looked[wanted.key] = self._free_by_record(wanted.key, emptied, shared=share is not None)
         if not free or share is None:
             return free and not pending
         if None in pending:
@@ -628,7 +676,7 @@ class HostStore:
     def _shares_by_record(self, key: str) -> list[dict[str, Any]]:
         prefix = f"{_file_name(key)}.share-"
         found: list[dict[str, Any]] = []
-        for name in os.listdir(self._directory.fd):
+        for name in self._directory.names(self._directory.fd):
             if name.startswith(prefix):
                 with contextlib.suppress(OSError):
                     file = _Descriptor(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory.fd))
@@ -643,10 +691,10 @@ class HostStore:
             self._listing = now, names
         return names
 
-    def _free_by_record(self, key: str, *, shared: bool) -> bool:
+    def _free_by_record(self, key: str, emptied: Mapping[str, float], *, shared: bool) -> bool:
         record = self._record(key, fresh=True)
         if record is None or record.get("released_at") is not None:
-            return key not in self._mine
+            return key not in self._mine and not self._is_closed(key, record, emptied)
         return shared and record.get("share") is not None
 
     # -- giving back -------------------------------------------------------------------------------------------
@@ -657,7 +705,14 @@ class HostStore:
         except OSError as exc:
             raise LeaseStoreError(_unusable(self._path, exc)) from exc
 
-    def _release(self, ids: Iterable[str]) -> None:
+    def expire(self, ids: Iterable[str]) -> None:
+        """End leases of `claim_until` that were not renewed; their cards are closed for a while."""
+        try:
+            self._release(ids, given_back=False)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
+
+    def _release(self, ids: Iterable[str], *, given_back: bool = True) -> None:
         freed: list[str] = []
         waited = False
         for lease_id in ids:
@@ -666,7 +721,7 @@ class HostStore:
                 held = self._held.get(lease_id)
             if held is not None:
                 # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
-                self._free(held)
+                self._free(held, given_back=given_back)
                 freed += held.lease.cards
                 with self._lock:
                     self._held.pop(lease_id, None)
@@ -682,8 +737,10 @@ class HostStore:
 
     withdraw = release
 
-    def _free(self, held: _Held) -> None:
+    def _free(self, held: _Held, *, given_back: bool = True) -> None:
         now = self._clock()
+        # Who lets go because the lease was revoked may have left something on the card.
+        given_back = given_back and _revoked_by(held) is None
         with held.guard:
             for file, name in zip(held.files, held.names, strict=True):
                 if file.fd < 0:
@@ -691,7 +748,11 @@ class HostStore:
                 # Nothing that goes wrong with a record may keep the card.
                 with contextlib.suppress(OSError):
                     if held.lease.share is None:
-                        self._write(file, self._record_of(held.lease, name, released_at=now))
+                        record = self._record_of(held.lease, name, released_at=now)
+                        if not given_back:
+                            # Readings since the grant go on counting against the card.
+                            record |= {"released_at": held.lease.granted_at, "closed_at": now}
+                        self._write(file, record)
                     elif ".share-" in name:
                         os.unlink(name, dir_fd=self._directory.fd)
                 # For all: a forked child has the same lock through its copy of the descriptor.
@@ -712,6 +773,49 @@ class HostStore:
                 if not self._live_shares(name):
                     self._write(file, self._record_of(lease, name, released_at=now))
                 file.close()
+
+    # -- taking away -------------------------------------------------------------------------------------------
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        """
+        As the contract says, by a mark beside the record: the lock itself nobody can take from its process.
+
+        Any user of the machine can write the mark, as any can write the record; nothing is granted on account of it.
+        """
+        try:
+            return self._revoke(key, token, by)
+        except OSError as exc:
+            raise LeaseStoreError(_unusable(self._path, exc)) from exc
+
+    def _revoke(self, key: str, token: int, by: str) -> bool:
+        card = _file_name(key)
+        mark = json.dumps({"token": token, "by": by[:100]}).encode()[: MARK_BYTES - 1]
+        for name in [card, *(other for other in self._names() if other.startswith(f"{card}.share-"))]:
+            with contextlib.suppress(FileNotFoundError):
+                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.fd))
+                record = _read(file)
+                if record is None or record.get("token") != token or record.get("boot") != self._boot:
+                    continue
+                # Of a shared card, each share's own file counts.
+                if (record.get("share") is not None) == (name != card) and self._alive(file):
+                    os.pwrite(file.fd, mark.ljust(MARK_BYTES - 1) + b"\n", RECORD_BYTES)
+                    return True
+        return False
+
+    def why_gone(self, lease_id: str) -> str | None:
+        held = self._held.get(lease_id)
+        if held is None or (by := _revoked_by(held)) is None:
+            return None
+        return f"it was revoked by {by}"
+
+    def closed(self) -> Collection[str]:
+        if not self._closed:
+            return ()
+        now = self._clock()
+        with self._lock:
+            for key in [key for key, at in self._closed.items() if is_open(at, None, now)]:
+                del self._closed[key]
+            return tuple(self._closed)
 
     # -- for holders on other machines ---------------------------------------------------------------------------
 
@@ -771,7 +875,7 @@ class HostStore:
                 own = f"{_file_name(key)}.share-{_digest(lease.id)}"
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(own, dir_fd=self._directory.fd)
-                    locked = self._lock_share(Wanted(key, room), lease.share, lease.id)
+                    locked = self._lock_share(Wanted(key, room), lease.share, lease)
             if locked is None:
                 self._remote.pop(lease.id, None)
                 for file in files:
@@ -800,7 +904,8 @@ class HostStore:
     def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
         # The kernel keeps these leases as long as their process lives: nothing to renew, only to look up.
         with self._lock:
-            return {lease_id: lease_id in self._held for lease_id in ids}
+            known = {lease_id: lease_id in self._held for lease_id in ids}
+        return {lease_id: there and self.why_gone(lease_id) is None for lease_id, there in known.items()}
 
     # -- the queue ---------------------------------------------------------------------------------------------
 
@@ -852,7 +957,7 @@ class HostStore:
         ticket.name = name
 
     def _ticket_names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._directory.queue_fd) if name.startswith("ticket-"))
+        return sorted(name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-"))
 
     def _drop_ticket(self, claim_id: str) -> None:
         ticket = self._tickets.get(claim_id)
@@ -954,15 +1059,15 @@ class HostStore:
         keys = set(freed)
         # Also what came free before and was not claimed yet: who was told of that card does not need this one.
         wanted = {key for ticket in queue for key in ticket.keys}
-        files = set(os.listdir(self._directory.fd)) if len(wanted) > 16 else None
+        files = set(self._directory.names(self._directory.fd)) if len(wanted) > 16 else None
         keys |= {
             key
             for key in wanted - keys
-            if (files is None or _file_name(key) in files) and self._free_by_record(key, shared=False)
+            if (files is None or _file_name(key) in files) and self._free_by_record(key, {}, shared=False)
         }
         if not keys:
             return
-        fits = partial(self._fits_by_record, dict.fromkeys(keys, True))
+        fits = partial(self._fits_by_record, dict.fromkeys(keys, True), {})
         now = self._clock()
         while True:
             dead = self._tell(queue.hints(keys, now, fits), now)
@@ -1044,7 +1149,8 @@ class HostStore:
             if now_there.get("released_at") is None:
                 # When it ended nobody knows. Readings since the grant count against the card, as they should: what
                 # is left of the dead holder may still compute on it.
-                self._write(file, {**now_there, "released_at": now_there.get("since")})
+                ended = {"released_at": now_there.get("since"), "closed_at": self._closed_at(now_there)}
+                self._write(file, {**now_there, **ended})
             file.close()
             self._records.pop(key, None)
             return True
@@ -1113,7 +1219,7 @@ class HostStore:
 
     def _names(self) -> list[str]:
         try:
-            return os.listdir(self._directory.fd)
+            return self._directory.names(self._directory.fd)
         except OSError as exc:
             raise LeaseStoreError(_unusable(self._path, exc)) from exc
 
@@ -1141,6 +1247,22 @@ class HostStore:
             with contextlib.suppress(OSError):
                 os.unlink(self._socket_name, dir_fd=self._directory.queue_fd)
             sock.close()
+
+
+def _revoked_by(held: _Held) -> str | None:
+    """Who has revoked the lease; None: nobody. At most a read of each of its files, and mostly of nothing."""
+    with held.guard:
+        for file in held.files:
+            if file.fd < 0:
+                continue
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                raw = os.pread(file.fd, MARK_BYTES, RECORD_BYTES)
+                if raw:
+                    mark = json.loads(raw)
+                    # One of an earlier lease stays there until it is overwritten.
+                    if mark.get("token") == held.lease.token:
+                        return clean_text(str(mark.get("by")))[:100]
+    return None
 
 
 def _digest(claim_id: str) -> str:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -34,7 +34,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
 )
 from gpupool_sync.leases.documents import BadDocument, digest
-from gpupool_sync.leases.shared import Subscribers
+from gpupool_sync.leases.shared import Subscribers, is_open
 from gpupool_sync.transport import Answer, Transport
 
 #: Seconds that what an answer said of other holders is believed.
@@ -84,6 +84,8 @@ class HTTPStore:
         self._tickets: dict[str, str] = {}  # claim id -> holder id
         self._hearsay: dict[str, tuple[float, LeaseInfo]] = {}  # card key -> heard at, who has it
         self._released_at: dict[str, float] = {}
+        self._closed_cards: dict[str, float] = {}  # card key -> heard at that it is closed
+        self._why: dict[str, str] = {}  # lease id -> why it is gone
         self._owed: dict[str, None] = {}  # ids whose release did not arrive
         self._hints = Subscribers()
         # Set while there are tickets, or nobody should wait for one.
@@ -141,6 +143,7 @@ class HTTPStore:
             self._leases[claim.id] = _Mine(lease, sent + told.ttl)
             for key in lease.cards:
                 self._hearsay.pop(key, None)
+                self._closed_cards.pop(key, None)
                 ids = self._cards.get(key, ())
                 if claim.id not in ids:
                     self._cards[key] = (*ids, claim.id)
@@ -155,7 +158,12 @@ class HTTPStore:
         for info in documents.read_lease_infos(document.get("holders", [])):
             for key in info.cards:
                 told[key] = info
+        closed = documents.read_closed(document)
         with self._lock:
+            if self._closed_cards:
+                for key in asked:
+                    self._closed_cards.pop(key, None)
+            self._closed_cards.update(dict.fromkeys(closed, now))
             for key in asked:
                 if key in told:
                     self._hearsay[key] = (now, told[key])
@@ -180,9 +188,11 @@ class HTTPStore:
                 raise self._refused(answer, document)
             try:
                 told = dict(zip(batch, documents.read_alive(document, len(batch)), strict=True))
+                why = dict(zip(batch, documents.read_why(document, len(batch)), strict=True))
             except BadDocument as exc:
                 raise self._unclear(f"its answer cannot be used: {exc}") from exc
             with self._lock:
+                self._why.update((lease_id, text) for lease_id, text in why.items() if text is not None)
                 for lease_id in batch:
                     mine = self._leases.get(lease_id)
                     if mine is not None and told[lease_id]:
@@ -197,6 +207,9 @@ class HTTPStore:
         """What does not arrive is repeated with the next claim or renewal; until then the ttl ends it."""
         mine = list(ids)
         self._forget(mine, released=True)
+        if self._why:
+            for lease_id in mine:
+                self._why.pop(lease_id, None)
         with self._lock:
             # First owed, then paid: an interrupt in between leaves it owed.
             if len(self._owed) < MAX_OWED:
@@ -204,6 +217,28 @@ class HTTPStore:
         self._pay(mine)
 
     withdraw = release
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        answer = self._post("/v1/leases/revoke", documents.revocation_document(key, token, by), self._timeout)
+        document = self._document(answer)
+        if answer.status != 200:
+            raise self._refused(answer, document)
+        try:
+            return documents.read_found(document)
+        except BadDocument as exc:
+            raise self._unclear(f"its answer cannot be used: {exc}") from exc
+
+    def why_gone(self, lease_id: str) -> str | None:
+        return self._why.get(lease_id)
+
+    def closed(self) -> Collection[str]:
+        if not self._closed_cards:
+            return ()
+        now = self._clock()
+        with self._lock:
+            for key in [key for key, at in self._closed_cards.items() if is_open(at, None, now)]:
+                del self._closed_cards[key]
+            return tuple(self._closed_cards)
 
     def _pay(self, ids: Sequence[str]) -> None:
         for batch in _batches(ids):

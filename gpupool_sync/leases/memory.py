@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import LeaseLost, LeaseStoreError
@@ -26,7 +26,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
-from gpupool_sync.leases.shared import Gone, Subscribers
+from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, reopen
 from gpupool_sync.leases.tickets import TicketQueue
 from gpupool_sync.models import Reason
 
@@ -60,6 +60,8 @@ class MemoryStore:
         self._leases: dict[str, Lease] = {}  # by id
         self._cards: dict[str, tuple[Lease, ...]] = {}  # the leases on each held card, replaced as a whole
         self._released_at: dict[str, float] = {}
+        self._revoked: dict[str, str] = {}  # lease id -> by whom; its holder has not let go yet
+        self._closed: dict[str, float] = {}  # card key -> when the revoked lease on it ended
         self._gone = Gone()
         self._token = 0
         self._queue = TicketQueue()
@@ -79,6 +81,8 @@ class MemoryStore:
         if known is not None:
             if (known.holder, len(known.cards), known.share) != (claim.holder, claim.count, claim.share):
                 raise LeaseStoreError(f"{self.description}: this lease id is in use with another request")
+            if claim.id in self._revoked:
+                raise LeaseLost(f"this lease was revoked by {self._revoked[claim.id]}")
             return Granted(known), []
         if claim.id in self._gone:
             raise LeaseLost("this lease was released or withdrawn before")
@@ -90,6 +94,8 @@ class MemoryStore:
         ):
             raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
         now = self._clock()
+        if self._closed:
+            reopen(self._closed, claim.emptied, now)
         picked, hints = self._queue.choose(claim, now, self._fits_locked)
         if picked is not None:
             lease = self._grant_locked(claim, picked, now)
@@ -104,6 +110,9 @@ class MemoryStore:
         return Refused(self._reasons_locked(claim)), hints
 
     def _fits_locked(self, wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:
+        return wanted.key not in self._closed and self._beside_locked(wanted, share, pending)
+
+    def _beside_locked(self, wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:
         leases = self._cards.get(wanted.key, _NOBODY)
         if not leases and not pending:
             return share is None or share.memory_mb is None or share.memory_mb <= (wanted.room_mb or 0.0)
@@ -150,6 +159,8 @@ class MemoryStore:
                 leases = self._cards.get(wanted.key)
                 if leases:
                     reasons[wanted.key] = Reason("held", f"held by {leases[0].holder}")
+                elif wanted.key in self._closed:
+                    reasons[wanted.key] = CLOSED
                 elif not self._fits_locked(wanted, claim.share, ()):
                     reasons[wanted.key] = Reason("no-room", "too little memory is left for the share")
                 else:
@@ -165,19 +176,25 @@ class MemoryStore:
             for lease_id in ids:
                 lease = self._leases.get(lease_id)
                 if lease is not None:
+                    revoked = lease_id in self._revoked
                     for key in lease.cards:
+                        if revoked and lease.share is None:
+                            self._closed[key] = now
                         rest = tuple(other for other in self._cards.get(key, _NOBODY) if other.id != lease_id)
                         if rest:
                             self._cards[key] = rest
                         else:
-                            self._released_at[key] = now
+                            # Readings from before its end still count against a card that was revoked.
+                            self._released_at[key] = lease.granted_at if revoked else now
                             self._cards.pop(key, None)
                     freed += lease.cards
                     self._leases.pop(lease_id, None)
+                    self._revoked.pop(lease_id, None)
                 self._gone.add(lease_id)
                 if self._queue:
                     self._queue.remove(lease_id)
-            hints = self._queue.hints(freed, now, self._fits_locked) if self._queue else []
+            # Who is next for a card that has just been closed is told too, to look whether it is empty.
+            hints = self._queue.hints(freed, now, self._beside_locked) if self._queue else []
         if hints:
             self._hints.tell(hints)
 
@@ -186,7 +203,22 @@ class MemoryStore:
     def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
         # Leases of this arbiter live as long as their process: there is nothing to renew, only to look up.
         with self._lock:
-            return {lease_id: lease_id in self._leases for lease_id in ids}
+            return {lease_id: lease_id in self._leases and lease_id not in self._revoked for lease_id in ids}
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        with self._lock:
+            for lease in self._cards.get(key, _NOBODY):
+                if lease.token == token:
+                    self._revoked.setdefault(lease.id, by)
+                    return True
+        return False
+
+    def why_gone(self, lease_id: str) -> str | None:
+        by = self._revoked.get(lease_id)
+        return None if by is None else f"it was revoked by {by}"
+
+    def closed(self) -> Collection[str]:
+        return tuple(self._closed) if self._closed else ()
 
     # -- hints -------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -31,6 +31,7 @@ import attrs
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError, MissingExtra
 from gpupool_sync.leases.base import (
+    CLOSED_TIME,
     Claim,
     Granted,
     Hint,
@@ -44,9 +45,10 @@ from gpupool_sync.leases.base import (
     Share,
     TicketInfo,
 )
-from gpupool_sync.leases.shared import Subscribers
+from gpupool_sync.leases.shared import CLOSED, Subscribers
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, RESERVE_TIME
 from gpupool_sync.models import Reason
+from gpupool_sync.wire import clean_text
 
 try:
     import redis
@@ -82,7 +84,7 @@ MAX_REASONS = 64
 _MAX_ENDED = 10_000
 
 # Times are whole microseconds, which a Lua number holds exactly; to JSON they go as text, as cjson rounds to 14 digits.
-# A lease is {h: holder, c: cards, t: token, m: mode, a: amount, n: note, g: granted, l: ttl}, a ticket
+# A lease is {h: holder, c: cards, t: token, m: mode, a: amount, n: note, g: granted, l: ttl, r: revoked by}, a ticket
 # {place, first, seq, hinted, spoke, to: list of hints, fp: of what it wants, h, count, m, a, reserve, n}.
 _PRELUDE = """
 local base = string.sub(KEYS[1], 1, -6)
@@ -97,6 +99,7 @@ local me, quarantine = ARGV[2], tonumber(ARGV[3])
 local body = cjson.decode(ARGV[4])
 local EPOCH, TOKEN, LEASES, EXPIRES = base .. 'epoch', base .. 'token', base .. 'leases', base .. 'expires'
 local CARDS, GONE, RELEASED = base .. 'cards', base .. 'gone', base .. 'released'
+local CLOSED = base .. 'closed'
 local TICKETS, WANTS, ORDER = base .. 'tickets', base .. 'wants', base .. 'order'
 local SILENT, LOOSE, SEQ = base .. 'silent', base .. 'loose', base .. 'seq'
 
@@ -173,8 +176,31 @@ local function put_card(key, list)
   if #list == 0 then redis.call('HDEL', CARDS, key) else redis.call('HSET', CARDS, key, cmsgpack.pack(list)) end
 end
 
+-- Cards whose last lease ended without being given back, and when; mostly there are none.
+local closed = false
+local function load_closed()
+  local all = redis.call('HGETALL', CLOSED)
+  for i = 1, #all, 2 do
+    closed = closed or {}
+    closed[all[i]] = tonumber(all[i + 1])
+  end
+end
+local function close(key, at)
+  closed = closed or {}
+  closed[key] = at
+  redis.call('HSET', CLOSED, key, text(at))
+end
+local function closed_keys()
+  local list = {}
+  for key in pairs(closed or {}) do list[#list + 1] = key end
+  return list
+end
+
 -- Whether a card can serve a share beside its leases and beside what older tickets are about to take of it.
+-- `hinting`: who is next for a card that has just been closed is told, to look whether it is empty.
+local hinting, freed = false, {}
 local function fits(key, room, mode, amount, pending)
+  if closed and closed[key] and not (hinting and freed[key]) then return false end
   local list = on(key)
   room = room or 0
   if #list == 0 and not pending then return mode ~= 'memory' or amount <= room end
@@ -286,7 +312,7 @@ end
 
 -- Hints: to the caller's own tickets in the answer, to others by their lists. `given` is what was released, so that
 -- readings from before do not count; what merely expired may still be in use.
-local told, freed, given = {}, {}, {}
+local told, given = {}, {}
 local function some(keys)
   local list = {}
   for key in pairs(keys) do
@@ -363,7 +389,9 @@ end
 local function pass_on()
   if redis.call('ZCARD', ORDER) == 0 then return end
   loosen(freed)
+  hinting = true
   serve({}, nil, nil, {})
+  hinting = false
 end
 
 local function forget(id) redis.call('ZADD', GONE, text(now + body.gone), id) end
@@ -371,11 +399,15 @@ local function drop_lease(id, released)
   local raw = redis.call('HGET', LEASES, id)
   if not raw then return end
   local lease = cmsgpack.unpack(raw)
+  released = released and not lease.r
   for _, key in ipairs(lease.c) do
     local rest = {}
     for _, other in ipairs(on(key)) do if other[1] ~= id then rest[#rest + 1] = other end end
     put_card(key, rest)
     freed[key] = true
+    if not released and lease.m == 'whole' then
+      close(key, math.min(now, tonumber(redis.call('ZSCORE', EXPIRES, id) or now)))
+    end
     if released and #rest == 0 then
       given[key] = true
       redis.call('HSET', RELEASED, key, text(now))
@@ -394,6 +426,15 @@ local function sweep()
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', SILENT, '-inf', '(' .. text(now))) do
     changed = drop_ticket(id) or changed
+  end
+  for key, at in pairs(closed or {}) do
+    local age = body.emptied and body.emptied[key]
+    if now - at >= body.closed or (age and now - tonumber(age) > at) then
+      closed[key] = nil
+      redis.call('HDEL', CLOSED, key)
+      freed[key] = true
+      changed = true
+    end
   end
   -- A script that has written may go on when memory is full: all but a claim should.
   if not body.id or redis.call('ZCOUNT', GONE, '-inf', text(now)) > 0 then
@@ -417,10 +458,11 @@ local function shown(id, lease)
           age = text(now - lease.g), left = text(left), l = text(lease.l)}
 end
 local function answer(result)
-  result.told, result.freed, result.given = told, some(freed), some(given)
+  result.told, result.freed, result.given, result.closed = told, some(freed), some(given), closed_keys()
   return cjson.encode(result)
 end
 local till = closed_until(false)
+load_closed()
 sweep()
 """
 
@@ -433,6 +475,7 @@ local raw = redis.call('HGET', LEASES, id)
 if raw then
   local lease = cmsgpack.unpack(raw)
   if other(lease, #lease.c) then return answer({s = 'other'}) end
+  if lease.r then return answer({s = 'gone'}) end
   return answer({s = 'granted', lease = shown(id, lease)})
 end
 if redis.call('ZSCORE', GONE, id) then return answer({s = 'gone'}) end
@@ -510,7 +553,9 @@ for _, group in ipairs(groups) do
     if #reasons >= body.max_reasons then break end
     local list = on(wanted[1])
     local holder, code = false, 'queue'
-    if #list > 0 then code = 'held' elseif not fits(wanted[1], wanted[2], body.m, body.a) then code = 'no-room' end
+    if #list > 0 then code = 'held'
+    elseif closed and closed[wanted[1]] then code = 'closed'
+    elseif not fits(wanted[1], wanted[2], body.m, body.a) then code = 'no-room' end
     for _, each in ipairs(list) do
       if not listed[each[1]] then
         local found = redis.call('HGET', LEASES, each[1])
@@ -536,13 +581,16 @@ return answer({})
 """
 
 _RENEW = """
-local kept = {}
+local kept, revoked = {}, {}
 for i, item in ipairs(body.items) do
   local id, before = item[1], item[2]
   local raw = redis.call('HGET', LEASES, id)
+  local lease = raw and cmsgpack.unpack(raw)
   kept[i] = false
-  if raw then
-    redis.call('ZADD', EXPIRES, text(now + cmsgpack.unpack(raw).l), id)
+  if lease and lease.r then
+    revoked[#revoked + 1] = {id, lease.r}
+  elseif lease then
+    redis.call('ZADD', EXPIRES, text(now + lease.l), id)
     kept[i] = true
   elseif before and now < till and not redis.call('ZSCORE', GONE, id) then
     -- The data was lost, and nothing was granted since: its holder knows what it had.
@@ -557,7 +605,21 @@ for i, item in ipairs(body.items) do
     end
   end
 end
-return answer({kept = kept})
+return answer({kept = kept, revoked = revoked})
+"""
+
+# Until its holder lets go or its ttl is over the lease stands: nobody else may have the card before.
+_REVOKE = """
+for _, each in ipairs(on(body.key)) do
+  local raw = redis.call('HGET', LEASES, each[1])
+  local lease = raw and cmsgpack.unpack(raw)
+  if lease and text(lease.t) == body.token then
+    lease.r = lease.r or body.by
+    redis.call('HSET', LEASES, each[1], cmsgpack.pack(lease))
+    return answer({found = true})
+  end
+end
+return answer({found = false})
 """
 
 _LEASES = """
@@ -602,6 +664,7 @@ _SCRIPTS = {
     "claim": _Script(_CLAIM),
     "release": _Script(_RELEASE),
     "renew": _Script(_RENEW),
+    "revoke": _Script(_REVOKE),
     "leases": _Script(_LEASES),
     "queue": _Script(_QUEUE),
 }
@@ -618,6 +681,7 @@ _CONSTANTS = {
     "forward": _us(MAX_FORWARD),
     "gone": _us(GONE_TIME),
     "hint_ms": int(HINT_TIME * 1000),
+    "closed": _us(CLOSED_TIME),
     "max_reasons": MAX_REASONS,
 }
 
@@ -699,6 +763,8 @@ class RedisStore:
         self._ended: set[str] = set()  # released here: an answer that comes late is not entered
         self._ended_order: deque[str] = deque()
         self._known: dict[str, tuple[_Known, ...]] = {}  # card key -> leases as last read
+        self._revoked: dict[str, str] = {}  # lease id -> by whom
+        self._closed: tuple[str, ...] = ()  # card keys, as last read; replaced, never changed
         self._released_at: dict[str, float] = {}
         self._refreshed_at = -math.inf
         self._me = os.urandom(8).hex()
@@ -757,6 +823,7 @@ class RedisStore:
             answer = json.loads(raw)
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
             raise self._error(exc) from exc
+        self._closed = tuple(answer["closed"] or ())
         if answer["freed"]:
             self._note_freed(answer["freed"], answer["given"] or ())
         if answer["told"]:
@@ -796,6 +863,7 @@ class RedisStore:
                 "queue": claim.queue,
                 "reserve": claim.reserve,
                 "n": False if claim.note is None else claim.note[:200],
+                **({"emptied": {key: str(_us(age)) for key, age in claim.emptied.items()}} if claim.emptied else {}),
                 "ticket": _us(TICKET_TTL * max(1.0, len(self._tickets) / MANY_WAITERS)),
             },
         )
@@ -862,6 +930,7 @@ class RedisStore:
         if asked:
             answer = self._ask("renew", {"items": items})
             kept.update(zip(asked, map(bool, answer["kept"]), strict=True))
+            self._revoked.update((lease_id, clean_text(by)[:300]) for lease_id, by in answer["revoked"] or ())
         with self._lock:
             for lease_id, alive in kept.items():
                 held = self._held.get(lease_id)
@@ -915,9 +984,20 @@ class RedisStore:
                         self._ended.discard(self._ended_order.popleft())
                 self._forget_locked(lease_id)
                 self._tickets.discard(lease_id)
+                self._revoked.pop(lease_id, None)
         self._ask("release", {"ids": gone})
 
     withdraw = release
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        return bool(self._ask("revoke", {"key": key, "token": str(token), "by": by[:300]})["found"])
+
+    def why_gone(self, lease_id: str) -> str | None:
+        by = self._revoked.get(lease_id)
+        return None if by is None else f"it was revoked by {by}"
+
+    def closed(self) -> Collection[str]:
+        return self._closed
 
     def _note_freed(self, freed: Iterable[str], given: Iterable[str]) -> None:
         now = self._clock()
@@ -1078,6 +1158,8 @@ def _share(mode: str, amount: float) -> Share | None:
 def _reason(code: str, held_by: Any) -> Reason:
     if code == "held":
         return Reason("held", f"held by {_holder_from(held_by) if held_by else 'somebody'}")
+    if code == "closed":
+        return CLOSED
     if code == "no-room":
         return Reason("no-room", "too little memory is left for the share")
     return Reason("queue", "kept for somebody who has waited longer")

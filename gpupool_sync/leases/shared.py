@@ -1,16 +1,36 @@
-"""What several stores keep in the same way: who wants hints, and which ids are gone."""
+"""What several stores keep in the same way: who wants hints, which ids are gone, which cards are closed."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from gpupool_sync.leases.base import Hint
+from gpupool_sync.leases.base import CLOSED_TIME, Hint
+from gpupool_sync.models import Reason
 
 #: Ids that are remembered as gone inside one process, where a delayed duplicate is at most a thread's time slice late:
 #: a number bounds the memory better than the ten minutes that arbiters behind a network need.
 MAX_GONE = 10_000
+
+#: Why a card that nobody holds is not granted.
+CLOSED = Reason(
+    "closed",
+    "its last holder did not give it back (its lease expired or was revoked); it opens when a reading shows it empty, "
+    f"or {CLOSED_TIME:.0f} s after that end",
+)
+
+
+def is_open(closed_at: float, emptied: float | None, now: float) -> bool:
+    """Whether a card that was closed at *closed_at* may be granted; *emptied*: seconds since it was seen empty."""
+    return now - closed_at >= CLOSED_TIME or (emptied is not None and now - emptied > closed_at)
+
+
+def reopen(closed: dict[str, float], emptied: Mapping[str, float], now: float) -> None:
+    """Take the cards that may be granted again out of *closed*. Under its owner's lock."""
+    for key, closed_at in list(closed.items()):
+        if is_open(closed_at, emptied.get(key), now):
+            del closed[key]
 
 
 class Subscribers:

@@ -50,8 +50,13 @@ _CLAIM = as_object(
         "queue": {"type": "boolean", "default": False, "description": "leave a ticket if nothing is free"},
         "reserve": {"type": "boolean", "default": True, "description": "the ticket may hold cards back"},
         "note": or_null("string", "shown to others"),
+        "emptied": {
+            "type": "object",
+            "description": "for closed cards: seconds since a reading showed the card empty",
+            "additionalProperties": _SECONDS,
+        },
     },
-    optional=("count", "share", "waited", "queue", "reserve", "note"),
+    optional=("count", "share", "waited", "queue", "reserve", "note", "emptied"),
 )
 _LEASE_INFO = as_object(
     {
@@ -83,11 +88,16 @@ _LEASE = as_object(
         "since": _SECONDS,
     }
 )
+_CLOSED: Schema = {
+    **as_list(_TEXT),
+    "description": "cards whose last lease expired or was revoked: granted when `emptied` says so, or after a while",
+}
 _QUEUED = as_object(
     {
         "position": {**_COUNT, "description": "how many stand before, among those who want any of the cards"},
         "ticket_ttl": {**_SECONDS, "description": "seconds that the ticket lives unless its holder claims or waits"},
         "holders": as_list(_LEASE_INFO),
+        "closed": _CLOSED,
     }
 )
 _REFUSED = as_object(
@@ -99,6 +109,7 @@ _REFUSED = as_object(
             "additionalProperties": as_object({"code": _TEXT, "text": _TEXT}),
         },
         "holders": as_list(_LEASE_INFO),
+        "closed": _CLOSED,
     }
 )
 _IDS = as_object({"ids": {**as_list(_ID), "maxItems": documents.MAX_IDS}})
@@ -109,6 +120,13 @@ _REQUESTS: dict[str, Schema] = {
     "/v1/leases/renew": _IDS,
     "/v1/leases/release": _IDS,
     "/v1/leases/withdraw": _IDS,
+    "/v1/leases/revoke": as_object(
+        {
+            "key": {"type": "string", "description": "UUID of a card"},
+            "token": {**_COUNT, "description": "the lease's, as GET /v1/leases tells it"},
+            "by": {"type": "string", "description": "who takes it away; its holder is told"},
+        }
+    ),
     "/v1/wait": as_object(
         {
             "holder": {
@@ -131,11 +149,17 @@ _ANSWERS: dict[tuple[str, str], dict[int, tuple[str, Schema]]] = {
     ("POST", "/v1/leases/renew"): {
         200: (
             "In the order of the ids; false: gone",
-            as_object({"alive": as_list({"type": "boolean"})}),
+            as_object({"alive": as_list({"type": "boolean"}), "why": as_list(or_null("string", "if it was revoked"))}),
         )
     },
     ("POST", "/v1/leases/release"): {200: ("Done, also for ids that were not known", _DONE)},
     ("POST", "/v1/leases/withdraw"): {200: ("Done, also for ids that were not known", _DONE)},
+    ("POST", "/v1/leases/revoke"): {
+        200: (
+            "Its holder is told; the card is granted to others when it lets go, or at the end of the ttl",
+            as_object({"found": {"type": "boolean", "description": "whether there is such a lease"}}),
+        )
+    },
     ("POST", "/v1/wait"): {
         200: (
             "At a hint, or at the end of the time",

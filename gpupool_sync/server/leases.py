@@ -65,6 +65,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "/v1/leases/renew": {"POST": "Restart the ttl of leases"},
     "/v1/leases/release": {"POST": "Give GPUs back"},
     "/v1/leases/withdraw": {"POST": "Leave the queue"},
+    "/v1/leases/revoke": {"POST": "Take a GPU away from its holder"},
     "/v1/wait": {"POST": "Wait until one's turn may have come"},
     "/v1/queue": {"GET": "Who waits for a GPU"},
 }
@@ -183,6 +184,8 @@ class Granter:
             now = self._clock()
             known = self._known(claim, now)
             if known is not None:
+                if (why := self.store.why_gone(claim.id)) is not None:
+                    raise LeaseLost(f"this lease is gone: {why}")
                 # The holder counts its ttl from this request, so it must begin anew here too.
                 self._extend([claim.id], now)
                 return Granted(known.lease), now
@@ -265,10 +268,20 @@ class Granter:
 
     # -- keeping and ending ------------------------------------------------------------------------------------
 
-    def renew(self, ids: Sequence[str]) -> list[bool]:
-        """Restart the ttl of each lease; False for one that is gone."""
+    def renew(self, ids: Sequence[str]) -> tuple[list[bool], dict[str, str]]:
+        """
+        Restart the ttl of each lease; False for one that is gone, and why, if it was revoked.
+
+        One that was revoked stands until its holder lets go of it or its ttl is over: it may still compute.
+        """
         self.expire()
-        return self._extend(ids, self._clock())
+        revoked = {lease_id: why for lease_id in ids if (why := self.store.why_gone(lease_id)) is not None}
+        alive = iter(self._extend([lease_id for lease_id in ids if lease_id not in revoked], self._clock()))
+        return [lease_id not in revoked and next(alive) for lease_id in ids], revoked
+
+    def revoke(self, key: str, token: int, by: str) -> bool:
+        """Take a lease away, of a holder anywhere; False if there is no such lease."""
+        return self._own(key) and self.store.revoke(key, token, by)
 
     def _extend(self, ids: Sequence[str], now: float) -> list[bool]:
         until: dict[str, float] = {}
@@ -328,7 +341,7 @@ class Granter:
                     del self._tickets[claim_id]
         for lease_id, remote in late:
             with self._stripe(lease_id):
-                self.store.release([lease_id])
+                self.store.expire([lease_id])
             logger.warning(
                 "the lease of %s on %s was not renewed for %g s and has ended",
                 remote.lease.holder,
@@ -686,9 +699,16 @@ class LeaseAPI:
     def _do(self, path: str, fields: Mapping[str, Any]) -> Answer:
         if path == "/v1/leases":
             return self._claim(documents.read_claim(fields))
+        if path == "/v1/leases/revoke":
+            key, token, by = documents.read_revocation(fields)
+            found = self.granter.revoke(key, token, by)
+            if found:
+                logger.warning("the lease with token %d on %s was revoked by %s", token, key, by)
+            return _answer(200, {"found": found})
         ids = documents.read_ids(fields)
         if path == "/v1/leases/renew":
-            return _answer(200, {"alive": self.granter.renew(ids)})
+            alive, revoked = self.granter.renew(ids)
+            return _answer(200, {"alive": alive, "why": [revoked.get(each) for each in ids]})
         self.granter.release(ids)
         return _answer(200, {})
 
@@ -697,17 +717,23 @@ class LeaseAPI:
         if isinstance(outcome, Granted):
             return _answer(200, documents.grant_document(outcome.lease, now))
         holders = [documents.lease_info_document(info) for info in self.granter.holders_of(claim)]
+        closed = self._closed_of(claim)
         if isinstance(outcome, Queued):
             document = {"position": outcome.position, "ticket_ttl": self.granter.ticket_ttl, "holders": holders}
-            return _answer(202, document)
+            return _answer(202, {**document, "closed": closed})
         return _answer(
             409,
             {
                 **wire.error_document("refused", "none of these cards can be granted now"),
                 "reasons": documents.reasons_document(outcome.reasons),
                 "holders": holders,
+                "closed": closed,
             },
         )
+
+    def _closed_of(self, claim: Claim) -> list[str]:
+        closed = set(self.granter.store.closed())
+        return [wanted.key for group in claim.groups for wanted in group if wanted.key in closed] if closed else []
 
     async def _wait(self, fields: Mapping[str, Any], receive: Receive) -> Answer:
         holders, timeout = documents.read_wait(fields)
