@@ -12,6 +12,10 @@ import attrs
 
 from gpupool_sync.models import Card, GPUReading, GPURequest, Reason, Snapshot
 
+#: A card with so little memory in use is empty: MiB, and percent of its memory. Drivers keep some for themselves.
+EMPTY_MB = 600.0
+EMPTY_PERCENT = 2.0
+
 
 @attrs.frozen
 class Limits:
@@ -102,6 +106,15 @@ def _foreign_process(reading: GPUReading, is_local: bool) -> str | None:
     if not others:
         return None
     return str(others[0]) + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+
+
+def is_empty(reading: GPUReading) -> bool:
+    """Whether nobody's job is on the card, as far as the reading tells: no process, or next to no memory."""
+    if reading.processes is not None:
+        return not reading.processes
+    if reading.memory_used_mb is not None:
+        return reading.memory_used_mb <= max(EMPTY_MB, EMPTY_PERCENT / 100.0 * (reading.memory_total_mb or 0.0))
+    return reading.memory_usage_percent is not None and reading.memory_usage_percent <= EMPTY_PERCENT
 
 
 def room_mb(reading: GPUReading, leased_mb: float) -> float | None:

@@ -6,6 +6,9 @@ whose caller was interrupted before it got the handle is noticed and undone, whe
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
 import shlex
 import sys
@@ -18,10 +21,38 @@ from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError
 from gpupool_sync.models import Card, Snapshot
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     import subprocess
 
+    from gpupool_sync.inherited import Bequest, Recipe
     from gpupool_sync.leases.base import Lease, LeaseStore
+
+
+class Command:
+    """One that runs on a lease; it is there before its process is, so that a release in between sees it."""
+
+    __slots__ = ("_ended", "process")
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[Any] | None = None
+        self._ended = threading.Event()
+
+    def ended(self) -> None:
+        """There is no process, or no more."""
+        self._ended.set()
+
+    def running(self) -> bool:
+        """Whether it runs, or is about to."""
+        return self.process.poll() is None if self.process is not None else not self._ended.is_set()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while self.process is None:
+            if self._ended.wait(1.0):
+                return
+        self.process.wait()
 
 
 class Grant:
@@ -32,6 +63,8 @@ class Grant:
         "asked",
         "asked_at",
         "begun_at",
+        "bequests",
+        "cancelled",
         "cards",
         "children",
         "delivered",
@@ -49,6 +82,7 @@ class Grant:
         "snapshot",
         "store",
         "tie_ref",
+        "told",
     )
 
     def __init__(self, id: str, note: str | None) -> None:
@@ -64,22 +98,32 @@ class Grant:
         self.forgotten = False  # the handle is gone, the lease is not
         self.released = False
         self.lost: str | None = None  # why the lease is gone though nobody released it
+        self.cancelled = False  # nobody waits for it any more
+        self.told = False  # on_lost was called, or is about to be
         self.place = ""  # file and line of the acquire, for warnings
         self.asked_at = 0.0  # time.monotonic()
         self.begun_at = 0.0  # time.monotonic() of the grant
-        self.children: list[subprocess.Popen[Any]] = []
+        self.children: list[Command] = []
+        self.bequests: list[Bequest] = []  # what the commands inherit; the first counts, once there is one
         self.on_lost: Callable[[Any], object] | None = None
         self.tie_ref: object = None
         #: ``clock.boottime`` at which a lease with a ttl is lost unless it is renewed before; None: it has no end.
         self.good_until: Callable[[], float | None] = lambda: None
         self.owner: Callable[[], object] = lambda: None  # weak reference to the pool
 
+    @property
+    def bequest(self) -> Bequest | None:
+        """What its commands inherit."""
+        return self.bequests[0] if self.bequests else None
+
     def why_lost(self) -> str | None:
-        """Why the lease is gone though nobody released it, by the clock of this moment; None if it is not."""
-        if self.lost is None and not self.released:
+        """Why the lease is gone though nobody released it, by what is known at this moment; None if it is not."""
+        if self.lost is None and not self.released and self.store is not None:
+            told = self.store.why_gone(self.id)
             end = self.good_until()
-            if end is not None and boottime() >= end:
-                self.lost = "its arbiter took it back, or did not confirm it in time"
+            if told is None and end is not None and boottime() >= end:
+                told = "its arbiter took it back, or did not confirm it in time"
+            self.lost = told
         return self.lost
 
 
@@ -100,6 +144,7 @@ class Owner(Protocol):
     """The pool, as a handle sees it."""
 
     def release(self, gpu: Any) -> None: ...
+    def _recipe(self, store: LeaseStore) -> Recipe: ...
 
 
 class _Handle:
@@ -232,7 +277,9 @@ class _Handle:
             return
         sample = self._snapshot.sample
         if sample.host is not None and sample.host.simulated:
-            raise RemoteGPUError(f"{self._names()} is a simulated GPU: it can be leased, but nothing can compute on it")
+            # It is in no machine, so this one is as good as any: programs are tried out with it, before there is a GPU.
+            _warn_of_simulation(self._names())
+            return
         masked = " ".join(f"{name}={value}" for name, value in self._mask().items() if name.startswith("CUDA"))
         raise RemoteGPUError(
             f"{self._names()} is in {self.host}, not in this machine, so this process cannot compute on it. "
@@ -270,35 +317,85 @@ class _Handle:
 
     def run(self, command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[Any]:
         """
-        `subprocess.run` with the command masked to these GPUs.
+        `subprocess.run` with the command masked to these GPUs; it has the lease, as with `popen`.
 
         Raises:
             RemoteGPUError: the GPU is in another machine.
             LeaseLost: the lease is gone.
+            GPUPoolError: the lease has a ttl, and the process that renews it for the command did not start.
         """
         import subprocess
 
-        self._check_command(command)
-        return subprocess.run(list(command), env=self._masked(kwargs), **kwargs)  # noqa: PLW1510 - the caller's to choose
+        with self._starting(command, kwargs):
+            return subprocess.run(list(command), **kwargs)  # noqa: PLW1510 - the caller's to choose
 
     def popen(self, command: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
         """
         `subprocess.Popen` with the command masked to these GPUs, which stay leased until it ends.
 
+        Also if this process is killed.  In the command, `GPUPool` offers these GPUs and no other, to one holder at a
+        time, under this lease.
+
         Raises:
             RemoteGPUError: the GPU is in another machine.
             LeaseLost: the lease is gone.
+            GPUPoolError: the lease has a ttl, and the process that renews it for the command did not start.
         """
         import subprocess
 
+        with self._starting(command, kwargs) as running:
+            running.process = subprocess.Popen(list(command), **kwargs)
+            return running.process
+
+    @contextlib.contextmanager
+    def _starting(self, command: Sequence[str], kwargs: dict[str, Any]) -> Iterator[Command]:
+        """Around the start of a command: what it inherits, and that it runs."""
         self._check_command(command)
         grant = self._tie.grant
-        if grant.store is not None and (descriptors := grant.store.descriptors(grant.id)):
-            # The kernel keeps the lease while the command has these, also if this process is killed.
+        for each in list(grant.children):
+            if not each.running():
+                _remove(grant.children, each)
+        running = Command()
+        try:
+            grant.children.append(running)
+            kwargs["env"] = self._masked(kwargs)
+            # A forked child has forgotten the lease; what it starts is masked, no more.
+            if os.name != "posix" or grant.pid != os.getpid():
+                yield running
+                return
+            from gpupool_sync.inherited import VARIABLE, starting
+
+            bequest = self._bequest()
+            assert grant.store is not None
+            told = bequest.tell(self._snapshot, self._all_cards, self._lease, grant.store)
+            if kwargs.get("user") is not None:
+                bequest.give_to(kwargs["user"])
+            kwargs["env"][VARIABLE] = told
+            # The kernel keeps the lease while the command has these.
+            descriptors = (*bequest.descriptors, *grant.store.descriptors(grant.id))
             kwargs["pass_fds"] = (*kwargs.get("pass_fds", ()), *descriptors)
-        process = subprocess.Popen(list(command), env=self._masked(kwargs), **kwargs)
-        grant.children.append(process)
-        return process
+            with starting():
+                yield running
+        finally:
+            if running.process is None:
+                running.ended()
+                _remove(grant.children, running)
+
+    def _bequest(self) -> Bequest:
+        from gpupool_sync.inherited import Bequest
+
+        grant, lease, store = self._tie.grant, self._lease, self._tie.grant.store
+        bequest = grant.bequest
+        if bequest is None:
+            made = Bequest()
+            grant.bequests.append(made)
+            bequest = grant.bequests[0]
+            if bequest is not made:  # another thread was faster
+                made.end()
+        if lease.ttl is not None and not bequest.kept:
+            assert store is not None
+            bequest.keep(self._pool._recipe(store), lease, grant.good_until() or 0.0)
+        return bequest
 
     def _check_command(self, command: Sequence[str]) -> None:
         if isinstance(command, str) or not command:
@@ -309,6 +406,16 @@ class _Handle:
     def _masked(self, kwargs: dict[str, Any]) -> dict[str, str]:
         given: Mapping[str, str] | None = kwargs.pop("env", None)
         return {**(os.environ if given is None else given), **self.env()}
+
+
+def _remove(commands: list[Command], command: Command) -> None:
+    with contextlib.suppress(ValueError):  # another thread was faster
+        commands.remove(command)
+
+
+@functools.lru_cache(64)  # once for each of them
+def _warn_of_simulation(names: str) -> None:
+    logger.warning("%s is a simulated GPU: the mask is set as for a real one, but CUDA will find nothing there", names)
 
 
 def _this_command() -> list[str]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, overload
 import attrs
 
 from gpupool_sync import config
-from gpupool_sync.choosing import Limits, Screened, room_mb, screen, usable
+from gpupool_sync.choosing import Limits, Screened, is_empty, room_mb, screen, usable
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import (
     AcquireTimeout,
@@ -40,7 +40,8 @@ from gpupool_sync.errors import (
     PoolClosed,
 )
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, forget_mask
-from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Share, Wanted
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Share, Wanted
+from gpupool_sync.leases.shared import CLOSED
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
@@ -48,9 +49,11 @@ from gpupool_sync.waiting import Waiter, WaitingRoom, listener
 
 if TYPE_CHECKING:
     from gpupool_sync.endpoint import PolledEndpoint
+    from gpupool_sync.executor import GPUExecutor, GPUQueue
+    from gpupool_sync.inherited import Inherited, Recipe
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
-    from gpupool_sync.status import Explanation, LeasesStatus, Status
+    from gpupool_sync.status import Explanation, LeasesStatus, LeaseStatus, Status
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +80,15 @@ Names = Union[str, Sequence[str], None]  # noqa: UP007 - an alias that runs on P
 class _Engine:
     """What an open pool runs; replaced as a whole, so that no thread sees half of it."""
 
-    __slots__ = ("arbiter", "endpoints", "first", "keeper", "monitor", "servers", "unsubscribe")
+    __slots__ = ("arbiter", "endpoints", "first", "inherited", "keeper", "monitor", "recipes", "servers", "unsubscribe")
 
     def __init__(
-        self, endpoints: Mapping[str, PolledEndpoint], monitor: Monitor, arbiter: LeaseStore, keeper: Keeper
+        self,
+        endpoints: Mapping[str, PolledEndpoint],
+        monitor: Monitor,
+        arbiter: LeaseStore,
+        keeper: Keeper,
+        inherited: Inherited | None,
     ) -> None:
         self.endpoints = endpoints  # by id, in the order of the settings; replaced, never changed
         self.monitor = monitor
@@ -89,6 +97,10 @@ class _Engine:
         self.arbiter = arbiter
         #: Servers that arbitrate their own cards, by endpoint id; replaced, never changed.
         self.servers: Mapping[str, LeaseStore] = {}
+        #: By `id` of an arbiter: what another process of ours makes it of.
+        self.recipes: dict[int, Recipe] = {}
+        #: The lease of the process that started this one; then nothing but its cards is offered.
+        self.inherited = inherited
         #: Done when every endpoint has answered or failed once; None when nobody need wait for that any more.
         self.first: Sequence[Any] | None = None
         self.unsubscribe: list[Callable[[], None]] = []
@@ -198,7 +210,7 @@ class _Acquiring(Generic[_H]):
     ended.  So a weak reference to it, made before the claim, finds every lease that an interrupt left behind.
     """
 
-    __slots__ = ("__weakref__", "_count", "_grant", "_note", "_on_lost", "_pool", "_request", "_timeout")
+    __slots__ = ("__weakref__", "_cancelled", "_count", "_grant", "_note", "_on_lost", "_pool", "_request", "_timeout")
 
     def __init__(
         self,
@@ -216,11 +228,13 @@ class _Acquiring(Generic[_H]):
         self._note = note
         self._on_lost = on_lost
         self._grant: Grant | None = None
+        self._cancelled = False
 
     def __enter__(self) -> _H:
         if self._grant is not None and not self._grant.released:
             raise GPUPoolError("this pool.gpu() is in use already; call pool.gpu() once for each with block")
         grant = self._grant = self._pool._new_grant(self._note, self._on_lost)
+        grant.cancelled = self._cancelled
         self._pool._watch(self, grant)
         try:
             self._pool._obtain(grant, self._request, Deadline.after(self._timeout))
@@ -234,6 +248,14 @@ class _Acquiring(Generic[_H]):
     ) -> None:
         if self._grant is not None:
             self._pool._release(self._grant)
+
+    def cancel(self) -> None:
+        """From another thread: end the wait in `__enter__` with `PoolClosed`, unless it has been granted by now."""
+        self._cancelled = True  # before the look: `__enter__` may just be making its grant
+        grant = self._grant
+        if grant is not None:
+            grant.cancelled = True
+            self._pool._waiting.hint([grant.id])
 
     def __repr__(self) -> str:
         return f"<{_HOW_TO}>"
@@ -355,8 +377,12 @@ class GPUPool:
         # Guards _local_ids, which several workers change.
         self._local_lock = threading.Lock()
         self._last_free: dict[str, frozenset[str]] = {}
-        # Made here and not at the first claim: two threads would make two, and each claim must repeat its own.
-        self._holder = self._make_holder()
+        # Made here and not at the first claim: two threads would make two, and each claim must repeat its own. A forked
+        # child asks nobody anew who it is: the C library's locks may be those of its parent's threads.
+        before: Holder | None = getattr(self, "_holder", None)
+        self._holder = (
+            self._make_holder() if before is None else attrs.evolve(before, id=os.urandom(8).hex(), pid=os.getpid())
+        )
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -370,7 +396,7 @@ class GPUPool:
         """
         if self._closed and self._engine is not None:
             self.close()  # was interrupted
-        with self._lifecycle:
+        with self._lifecycle, _opening:
             self._closed = False
             engine = self._engine or self._start_locked()
         if wait:
@@ -380,7 +406,7 @@ class GPUPool:
         engine = self._engine
         if engine is not None and not self._closed:
             return engine
-        with self._lifecycle:
+        with self._lifecycle, _opening:
             if self._closed:
                 raise PoolClosed("this pool is closed; pool.open() opens it again")
             return self._engine or self._start_locked()
@@ -388,15 +414,20 @@ class GPUPool:
     def _start_locked(self) -> _Engine:
         # Imported here: they bring requests, pybreaker and logging along, which a script that only imports us, or
         # a parent that only forks, should not pay for.
-        from gpupool_sync.endpoint import make_endpoint, make_local_endpoint
+        from gpupool_sync.endpoint import PolledEndpoint, make_endpoint, make_local_endpoint
         from gpupool_sync.keeper import Keeper
         from gpupool_sync.monitor import Monitor
 
         settings = self._settings
-        arbiter = self._make_store()
-        configs = self._endpoint_configs
-        made = [make_local_endpoint(settings)] if self._reads_devices else []
-        made += [make_endpoint(each, settings) for each in configs]
+        inherited = self._inherited_lease()
+        arbiter: LeaseStore
+        if inherited is not None:
+            arbiter = inherited.store()
+            made = [PolledEndpoint(inherited.endpoint_id, inherited.url, inherited, settings, local=True)]
+        else:
+            arbiter = self._make_store()
+            made = [make_local_endpoint(settings)] if self._reads_devices else []
+            made += [make_endpoint(each, settings) for each in self._endpoint_configs]
         me = weakref.ref(self)
 
         # The threads must not keep a forgotten pool alive, so they see it through a weak reference.
@@ -429,7 +460,7 @@ class GPUPool:
             housekeeping=housekeeping,
             name=self._thread_name(),
         )
-        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost))
+        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost), inherited)
         engine.unsubscribe.append(arbiter.subscribe(self._waiting.hint))
         engine.first = monitor.poll_soon(engine.endpoints)
         _register_exit_hook()
@@ -443,6 +474,31 @@ class GPUPool:
             arbiter.scope,
         )
         return engine
+
+    def _inherited_lease(self) -> Inherited | None:
+        """
+        What `gpu.run` or `gpu.popen` started this process on.
+
+        A store object is an arbiter that this very program brought along: nothing that it can have by inheritance.
+        """
+        asked = self._settings.lease_store
+        if not os.environ.get("GPU_POOL_INHERITED") or (asked is not None and not isinstance(asked, str)):
+            return None
+        from gpupool_sync.inherited import inherited
+
+        return inherited()
+
+    def _recipe(self, store: LeaseStore) -> Recipe:
+        """What another process makes the arbiter of, to renew a lease there; has credentials in it."""
+        engine = self._engine
+        if engine is not None and id(store) in engine.recipes:
+            return engine.recipes[id(store)]
+        asked = self._settings.lease_store
+        if isinstance(asked, str) and engine is not None and store is engine.arbiter:
+            from gpupool_sync.leases.redis import redis_store
+
+            return redis_store, (asked,)
+        return copy.copy, (store,)  # one of the user's own, which pickles or does not
 
     def _thread_name(self) -> str:
         # Numbered: a monitor knows its workers by their names, and pools may share theirs.
@@ -501,15 +557,19 @@ class GPUPool:
         offer = snapshot.sample.leases
         if offer is None or snapshot.endpoint_id in engine.servers or self._settings.lease_store is not None:
             return
+        if engine.inherited is not None:
+            return
         if snapshot.is_local and engine.arbiter.description == f"host:{offer.lock_dir}":
             return
-        with self._lifecycle:
+        with self._lifecycle, _opening:
             mine = next((each for each in self._endpoint_configs if each.id == snapshot.endpoint_id), None)
             if mine is None or snapshot.endpoint_id in engine.servers or engine is not self._engine:
                 return
             from gpupool_sync.leases.http import HTTPStore
 
-            store = HTTPStore(mine, self._settings)
+            settings = attrs.evolve(self._settings, endpoints=(), strategy="availability")  # what can be pickled
+            store = HTTPStore(mine, settings)
+            engine.recipes[id(store)] = HTTPStore, (mine, settings)
             engine.unsubscribe.append(store.subscribe(self._waiting.hint))
             engine.servers = {**engine.servers, snapshot.endpoint_id: store}
         logger.info("leases on %s: %s (scope: %s)", snapshot.endpoint_id, store.description, store.scope)
@@ -538,18 +598,42 @@ class GPUPool:
                 stacklevel=_user_stacklevel(),
             )
 
+    def _look_for_losses(self) -> None:
+        """Leases without a ttl do not pass by the keeper: has one been revoked, or its lock been taken away?"""
+        lost = [
+            grant.id
+            for grant in list(self._grants.values())
+            if grant.lease is not None and grant.lease.ttl is None and not grant.told and grant.why_lost() is not None
+        ]
+        if lost:
+            # A thread of its own: on_lost is the user's, and may take as long as it likes.
+            threading.Thread(target=self._leases_lost, args=(lost,), name="gpupool-lost", daemon=True).start()
+
+    def _leases_lost(self, lease_ids: Sequence[str]) -> None:
+        for lease_id in lease_ids:
+            self._lease_lost(lease_id)
+
     def _lease_lost(self, lease_id: str) -> None:
-        """On the keeper's thread."""
+        """Tell it: on the keeper's thread, or one of its own."""
         grant = self._grants.get(lease_id)
-        if grant is None or grant.released or grant.lease is None:
+        if grant is None or grant.released or grant.lease is None or grant.told:
             return
+        grant.told = True
         why = grant.why_lost() or "its arbiter took it back"
         grant.lost = why
+        if grant.bequest is not None:
+            grant.bequest.lose(why)
         names = ", ".join(card.global_gpu_id for card in grant.cards)
         logger.warning("the lease on %s is lost: %s", names, why)
-        if grant.on_lost is not None:
-            tie = Tie(grant)
-            grant.on_lost(GPU(self, tie, grant.cards[0]) if len(grant.cards) == 1 else GPUs(self, tie))
+        try:
+            if grant.on_lost is not None:
+                tie = Tie(grant)
+                grant.on_lost(GPU(self, tie, grant.cards[0]) if len(grant.cards) == 1 else GPUs(self, tie))
+        finally:
+            if grant.store is not None and grant.store.why_gone(grant.id) is not None:
+                # Revoked: its holder was told, so now it lets go. (One that expired its arbiter has freed.) The card
+                # stays closed until it is seen empty.
+                self._release(grant)
 
     def close(self, timeout: float = 5.0) -> None:
         """
@@ -594,9 +678,8 @@ class GPUPool:
 
         def wait() -> None:
             for grant in grants:
-                for child in grant.children:
+                for child in list(grant.children):
                     child.wait()
-                grant.children = []
                 self._release(grant)
 
         threading.Thread(target=wait, name="gpupool-children", daemon=True).start()
@@ -617,6 +700,8 @@ class GPUPool:
 
     def __repr__(self) -> str:
         names = [*(["this machine"] if self._reads_devices else []), *(each.id for each in self._endpoint_configs[:5])]
+        if self._engine is not None and self._engine.inherited is not None:
+            names = [f"what this process has from process {self._engine.inherited.pid}"]
         where = ", ".join(names) or "no endpoints"
         more = f" and {len(self._endpoint_configs) - 5} more" if len(self._endpoint_configs) > 5 else ""
         state = "closed" if self._closed else "open" if self._engine is not None else "not opened yet"
@@ -669,7 +754,7 @@ class GPUPool:
                     raise ConfigError(f"endpoint {new.id}: the pool has {old_id} already; give another name or URL")
             self._endpoint_configs = (*self._endpoint_configs, new)
             engine = self._engine
-            if engine is not None:
+            if engine is not None and engine.inherited is None:
                 made = make_endpoint(new, self._settings)
                 engine.endpoints = {**engine.endpoints, made.id: made}
                 engine.monitor.add(made)
@@ -759,9 +844,16 @@ class GPUPool:
             return
         # Tickets name cards that their owners knew. When cards come into view that no ticket can know of, as many of
         # the oldest waiters as could use them look again; the rest would only look in vain.
-        held = engine.store_of(snapshot.endpoint_id).is_held
-        free = frozenset(card.key for card in self._screened(snapshot, _DEFAULT_REQUEST).eligible if not held(card.key))
+        store = engine.store_of(snapshot.endpoint_id)
+        closed = store.closed()
+        free = frozenset(
+            card.key
+            for card in self._screened(snapshot, _DEFAULT_REQUEST).eligible
+            if not store.is_held(card.key) and not (closed and card.key in closed)
+        )
         new = free - self._last_free.get(snapshot.endpoint_id, frozenset())
+        if closed:  # what this reading says of them is what their claims lacked
+            new |= {card.key for card in snapshot.cards if card.key in closed and is_empty(card.reading)}
         self._last_free[snapshot.endpoint_id] = free
         if new:
             self._waiting.wake_oldest(2 * len(new))
@@ -772,6 +864,7 @@ class GPUPool:
         engine = self._engine
         if engine is not None:
             engine.keeper.ensure_running()
+        self._look_for_losses()
         for _ in range(len(self._leaving)):
             self._release(self._leaving.popleft())
         if self._unheard and time.monotonic() >= self._unheard_at:
@@ -975,6 +1068,87 @@ class GPUPool:
             self._give_up(grant)
             raise
 
+    # -- worker processes --------------------------------------------------------------------------------------
+
+    def executor(
+        self,
+        max_workers: int | None = None,
+        *,
+        mp_context: str = "spawn",
+        initializer: Callable[..., object] | None = None,
+        initargs: Sequence[Any] = (),
+        max_tasks_per_child: int | None = None,
+        **request: Any,
+    ) -> GPUExecutor:
+        """
+        A `concurrent.futures.Executor` whose every worker process owns one GPU, from before its first import.
+
+        Args:
+            max_workers: worker processes, and so GPUs, at most; default as many as there are, as tasks need them.
+            mp_context: how workers come into being; only ``"spawn"``, as CUDA does not survive a fork.
+            initializer: called as ``initializer(*initargs)`` once in each worker.
+            max_tasks_per_child: tasks after which a worker ends and its GPU is given back.
+            request: as in `acquire`.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        from gpupool_sync.executor import GPUExecutor
+
+        self.open()
+        return GPUExecutor(
+            self,
+            max_workers,
+            mp_context=mp_context,
+            initializer=initializer,
+            initargs=initargs,
+            max_tasks_per_child=max_tasks_per_child,
+            **request,
+        )
+
+    def map(
+        self, fn: Callable[[Any], Any], items: Iterable[Any], *, progress: bool = True, **options: Any
+    ) -> list[Any]:
+        """
+        ``[fn(item) for item in items]``, each in a worker process that has a GPU of its own.
+
+        Args:
+            progress: show a bar, if standard error is a terminal.
+            options: as in `executor`.
+
+        Raises:
+            Exception: what *fn* raised first, in the order of the items; tasks that have not begun are cancelled.
+        """
+        from gpupool_sync.executor import run_map
+
+        with self.executor(**options) as executor:
+            return list(run_map(executor, fn, items, progress=progress))
+
+    def as_queue(self, numbers: int | Iterable[int] | None = None, **request: Any) -> GPUQueue:
+        """
+        A queue of this machine's GPU numbers, for scripts that pass one to their worker processes.
+
+        ``get()`` acquires, ``put()`` releases; it can be passed to other processes.
+
+        Args:
+            numbers: how many GPUs, counted from number 0, or their numbers; default all.
+            request: as in `acquire`.
+        """
+        from gpupool_sync.executor import GPUQueue
+
+        return GPUQueue(self, numbers, **request)
+
+    def cards_known(self) -> int:
+        """How many cards the last readings tell of, without looking again; of this machine's, if it has some."""
+        snapshots, duplicates = self._table.view()
+        keys = [
+            card.key
+            for snapshot in snapshots.values()
+            if snapshot.is_local or not self._local_ids
+            for card in snapshot.cards
+        ]
+        return len(set(keys)) if duplicates else len(keys)
+
     def _handle(self, tie: Tie, count: int | None) -> Any:
         return GPU(self, tie, tie.grant.cards[0]) if count is None else GPUs(self, tie)
 
@@ -1033,6 +1207,8 @@ class GPUPool:
         no_wait = deadline.passed()
         grant.asked_at = time.monotonic()
         engine = self._opened()
+        if engine.inherited is not None:
+            engine.inherited.check()
         engine.monitor.ensure_running()
         if self._dropped:
             self._collect_dropped()
@@ -1054,6 +1230,8 @@ class GPUPool:
         if self._closed:
             # close() released what it saw; this claim may have been granted after that.
             raise PoolClosed("the pool was closed meanwhile")
+        if engine.inherited is not None:
+            engine.inherited.check()  # what it was taken from may have ended in between
         grant.begun_at = time.monotonic()
         assert grant.snapshot is not None
         self._counters.granted(grant.snapshot.endpoint_id, grant.begun_at - grant.asked_at, claims, queued)
@@ -1075,6 +1253,10 @@ class GPUPool:
             while True:
                 if self._closed:
                     raise PoolClosed("the pool was closed while this call waited")
+                if grant.cancelled:
+                    raise PoolClosed("this call was cancelled while it waited")
+                if engine.inherited is not None:
+                    engine.inherited.check()
                 seen = self._look(engine, request)
                 claims += self._claim_all(engine, grant, request, seen, queue=True)
                 if grant.lease is not None:
@@ -1134,6 +1316,8 @@ class GPUPool:
             for each in engine.endpoints.values()
             if each.url == "local:"
         )
+        if engine.inherited is not None:
+            where = f"\n  {engine.inherited.advice()}"
         raise NoSuchGPU(f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}".rstrip())
 
     # -- looking and claiming ----------------------------------------------------------------------------------
@@ -1146,6 +1330,10 @@ class GPUPool:
         if len(self._screens) > REMEMBERED_REQUESTS * (8 + len(self._endpoint_configs)):
             self._screens.clear()
         screened = screen(snapshot, request, self._limits)
+        if self._engine is not None and self._engine.inherited is not None:
+            # The cards are ours already: no reading speaks against them.
+            own = tuple(card for card, _ in screened.vetoed)
+            screened = Screened((*screened.eligible, *own), (), screened.unwanted)
         self._screens[key] = (snapshot, screened)
         return screened
 
@@ -1178,6 +1366,7 @@ class GPUPool:
             if local_only and not snapshot.is_local:
                 continue
             store = engine.store_of(endpoint.id)
+            closed = store.closed()
             free: list[Card] = []
             wanted: list[Card] = []
             for card, reason, held in usable(
@@ -1194,6 +1383,8 @@ class GPUPool:
                         continue  # another URL of the same host has offered it
                     taken.add(card.key)
                 wanted.append(card)
+                if closed and card.key in closed and not is_empty(card.reading):
+                    continue
                 if _shareable(store, card, request) if shared else not held:
                     free.append(card)
             if len(wanted) >= request.count:
@@ -1299,6 +1490,7 @@ class GPUPool:
             queue=queue,
             reserve=reserve,
             note=grant.note,
+            emptied=_emptied(store, offers),
         )
         sent_at = boottime()
         try:
@@ -1312,6 +1504,7 @@ class GPUPool:
             # Only release_all() or close() can have released an id that no caller has yet.
             raise PoolClosed("the pool's leases were all released while this call waited") from None
         if not isinstance(outcome, Granted):
+            self._look_whether_empty(store, offers)
             return False
         lease = outcome.lease
         for each, cards in offers:
@@ -1337,6 +1530,14 @@ class GPUPool:
                 except LeaseStoreError as exc:  # the ticket ends by itself, as we do not speak for it any more
                     logger.info("a ticket at %s was not withdrawn: %s", other.description, exc)
         return True
+
+    def _look_whether_empty(self, store: LeaseStore, offers: Sequence[tuple[_Seen, Sequence[Card]]]) -> None:
+        """A closed card opens with a reading that shows it empty: let one come soon."""
+        closed, engine = store.closed(), self._engine
+        if closed and engine is not None:
+            for each, cards in offers:
+                if any(card.key in closed for card in cards):
+                    engine.monitor.nudge(each.endpoint.id)
 
     def _make_holder(self) -> Holder:
         import getpass
@@ -1380,20 +1581,23 @@ class GPUPool:
     def _release(self, grant: Grant) -> None:
         if grant.released or grant.pid != os.getpid():
             return
-        if grant.children:
-            grant.children = [child for child in grant.children if child.poll() is None]
-            if grant.children:
+        bequest = grant.bequest
+        handed_over = False
+        if any(child.running() for child in list(grant.children)):
+            if bequest is None or not bequest.kept:
                 # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
                 if grant not in self._leaving:
                     self._leaving.append(grant)
                 return
+            handed_over = True  # the process that renews for the command gives it back
         engine = self._engine
         if engine is not None and grant.lease is not None and grant.lease.ttl is not None:
             grant.why_lost()  # lost is final: looked at once more before the keeper forgets it
             engine.keeper.remove(grant.id)
         # Idempotent at the store, so an interrupt before the next line only makes it happen again.
         try:
-            self._release_at_stores(grant)
+            if not handed_over:
+                self._release_at_stores(grant)
         except LeaseStoreError as exc:
             # The caller has done its part. Nobody renews the lease any more, so it ends with its ttl at the latest;
             # until then it is tried again.
@@ -1403,6 +1607,8 @@ class GPUPool:
             if not grant.released:
                 self._unheard.append(grant)
         grant.released = True
+        if bequest is not None:
+            bequest.let_go() if handed_over else bequest.end()
         self._forget(grant)
         if grant.lease is not None:
             self._counters.released(time.monotonic() - grant.begun_at)
@@ -1551,6 +1757,7 @@ class GPUPool:
     ) -> Iterable[tuple[Card, Reason | None]]:
         """Each card of the snapshot with the reason against it, in the order of the cards."""
         store = engine.store_of(snapshot.endpoint_id)
+        closed = store.closed()
         screened = self._screened(snapshot, request)
         reasons: dict[str, Reason | None] = {card.key: reason for card, reason in screened.unwanted}
         for card, reason, held in usable(
@@ -1561,6 +1768,8 @@ class GPUPool:
                     reason = _held_by(store, card) if held else _no_room(store, card)
             elif held:
                 reason = _held_by(store, card)
+            if reason is None and closed and card.key in closed and not is_empty(card.reading):
+                reason = CLOSED
             reasons[card.key] = reason
         return [(card, reasons.get(card.key)) for card in snapshot.cards]
 
@@ -1685,31 +1894,18 @@ class GPUPool:
 
         Asks the arbiters; one that does not answer is among the result's `problems`.
         """
-        from gpupool_sync.status import LeasesStatus, LeaseStatus, TicketStatus
+        from gpupool_sync.status import LeasesStatus, TicketStatus
 
         engine = self._opened()
         self._first_reading(engine, Deadline.after(None))
-        snapshots, _ = self._table.view()
-        names = {card.key: card.global_gpu_id for snapshot in snapshots.values() for card in snapshot.cards}
-        stores = {id(each): each for each in map(engine.store_of, engine.endpoints)}
+        names = self._names_of_cards()
         leases: list[LeaseStatus] = []
         queue: list[TicketStatus] = []
         problems: list[str] = []
-        for store in stores.values():
+        stores = self._stores_of(engine)
+        for store in stores:
             try:
-                leases += [
-                    LeaseStatus(
-                        gpus=[names.get(key, key) for key in info.cards],
-                        holder=str(info.holder),
-                        since=info.since,
-                        expires_in=info.expires_in,
-                        share=None if info.share is None else str(info.share),
-                        token=info.token,
-                        note=info.note,
-                        arbiter=store.description,
-                    )
-                    for info in store.leases()
-                ]
+                leases += [self._lease_status(store, info, names) for info in store.leases()]
                 queue += [
                     TicketStatus(
                         position=info.position,
@@ -1724,7 +1920,70 @@ class GPUPool:
                 ]
             except LeaseStoreError as exc:
                 problems.append(f"{store.description}: {exc}")
-        return LeasesStatus(leases, queue, sorted({store.scope for store in stores.values()}), problems)
+        return LeasesStatus(leases, queue, sorted({store.scope for store in stores}), problems)
+
+    def _names_of_cards(self) -> dict[str, str]:
+        snapshots, _ = self._table.view()
+        return {card.key: card.global_gpu_id for snapshot in snapshots.values() for card in snapshot.cards}
+
+    @staticmethod
+    def _stores_of(engine: _Engine) -> list[LeaseStore]:
+        return list({id(each): each for each in map(engine.store_of, engine.endpoints)}.values())
+
+    def _lease_status(self, store: LeaseStore, info: LeaseInfo, names: Mapping[str, str]) -> LeaseStatus:
+        from gpupool_sync.status import LeaseStatus
+
+        return LeaseStatus(
+            gpus=[names.get(key, key) for key in info.cards],
+            holder=str(info.holder),
+            since=info.since,
+            expires_in=info.expires_in,
+            share=None if info.share is None else str(info.share),
+            token=info.token,
+            note=info.note,
+            arbiter=store.description,
+            own=(info.holder.user, info.holder.host) == (self._holder.user, self._holder.host),
+        )
+
+    def revoke(self, gpu: str, *, token: int | None = None, force: bool = False) -> list[LeaseStatus]:
+        """
+        Take a GPU away from whoever holds it, in whatever process; returns the leases that were revoked.
+
+        Its holder is told (`gpu.lost`, `on_lost`) and lets go of it.  Nobody is granted the GPU before that, or, if
+        the holder does not react, before its process ends or the lease's ttl is over; then not before a reading shows
+        it empty, or a minute has passed.
+
+        Args:
+            gpu: global id, such as ``server1:0``, or UUID.
+            token: only the lease with this fencing token, as `leases` tells it.
+            force: also leases of other users, and of other machines.
+
+        Raises:
+            NoSuchGPU: nobody holds such a GPU.
+            GPUPoolError: it is somebody else's, and *force* was not given.
+            LeaseStoreError: its arbiter cannot be asked.
+        """
+        engine = self._opened()
+        self._first_reading(engine, Deadline.after(None))
+        names = self._names_of_cards()
+        found = [
+            (store, info, self._lease_status(store, info, names))
+            for store in self._stores_of(engine)
+            for info in store.leases()
+            if any(gpu in (key, names.get(key)) for key in info.cards) and token in (None, info.token)
+        ]
+        if not found:
+            raise NoSuchGPU(f"nobody holds {gpu}; pool.leases() and `gpupool-sync leases` list what is held")
+        others = [status.holder for _, _, status in found if not status.own]
+        if others and not force:
+            raise GPUPoolError(f"{gpu} is held by {', '.join(others)}; force=True (--force) takes it away all the same")
+        revoked = []
+        for store, info, status in found:
+            ended = [store.revoke(key, info.token, str(self._holder)) for key in info.cards]
+            if any(ended):
+                logger.warning("the lease of %s on %s is revoked", status.holder, ", ".join(status.gpus))
+                revoked.append(status)
+        return revoked
 
     def _number_waiting(self, engine: _Engine) -> int:
         """Who waits at the arbiter of this machine, whatever process they are of; elsewhere only our own are known."""
@@ -1848,6 +2107,20 @@ def _wanted(store: LeaseStore, card: Card, request: GPURequest) -> Wanted:
     if request.memory_mb is None:
         return Wanted(card.key)
     return Wanted(card.key, _room(store, card))
+
+
+def _emptied(store: LeaseStore, offers: Sequence[tuple[_Seen, Sequence[Card]]]) -> Mapping[str, float]:
+    """Of the cards that their arbiter keeps closed: seconds since a reading showed them empty."""
+    closed = store.closed()
+    if not closed:
+        return {}
+    now = boottime()
+    return {
+        card.key: max(0.0, each.snapshot.age(now))
+        for each, cards in offers
+        for card in cards
+        if card.key in closed and is_empty(card.reading)
+    }
 
 
 def _room(store: LeaseStore, card: Card) -> float | None:
@@ -1990,11 +2263,32 @@ def _close_all() -> None:
             logger.exception("closing a pool at exit failed")
 
 
+# Held while a pool imports what it needs; guards no data. A fork waits for it: a module that another thread is just
+# importing stays half imported in the child, which would wait for it for ever. Taken after _lifecycle; reentrant, as an
+# import may fork.
+_opening = threading.RLock()
+#: Seconds that a fork waits for imports at most.
+LONGEST_IMPORT = 5.0
+_forking = threading.local()  # whether this thread, which forks, has _opening
+
+
+def _before_fork() -> None:
+    _forking.waited = False
+    _forking.waited = _opening.acquire(timeout=LONGEST_IMPORT)
+
+
+def _after_fork_in_parent() -> None:
+    if _forking.waited:
+        _opening.release()
+
+
 def _after_fork_in_child() -> None:
+    global _opening
+    _opening = threading.RLock()
     _all_grants.clear()
     for pool in list(_pools):
         pool._after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -157,6 +157,7 @@ class LeaseStatus(_Jsonable):
     token: int
     note: str | None
     arbiter: str
+    own: bool = False  # of this user on this machine
 
 
 @attrs.frozen

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+
+# These, and netrc, only to have them: requests and http.client import them in their first exchange, on a thread of
+# ours. A fork at that instant would leave the child a half imported module, which it waits for for ever.
+import encodings.ascii
+import encodings.idna  # noqa: F401
 import errno
 import functools
 import http.client
 import importlib.metadata
 import json
 import logging
+import netrc  # noqa: F401
 import os
 import queue
 import re

@@ -108,6 +108,8 @@ class HoldLog:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self._path = None if path is None else Path(path)
+        # Unpickled for each task of a process, two of them may have one address after another.
+        self._mine = os.urandom(4).hex()
         self._numbers = itertools.count()
         # Guards _notes, where there is no file.
         self._lock = threading.Lock()
@@ -138,7 +140,7 @@ class HoldLog:
 
     def begin(self, key: str, token: int | None = None, who: str = "", at: float | None = None) -> str:
         """Note that the card is used from now on; the result names the hold for `end`."""
-        name = f"{os.getpid()}-{id(self)}-{next(self._numbers)}"
+        name = f"{os.getpid()}-{self._mine}-{next(self._numbers)}"
         who = who or f"{os.getpid()}/{threading.current_thread().name}"
         self._note(hold=name, key=key, token=token, who=who, begin=time.monotonic() if at is None else at)
         return name

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import types
 
 import attrs
@@ -161,6 +162,25 @@ def test_a_card_stays_leased_while_a_command_runs_on_it(pool, end):
         assert store.is_held(gpu.uuid)
     finally:
         process.communicate(b"\n", timeout=20)
+    eventually(lambda: not store.is_held(gpu.uuid), message="the lease ends with the command")
+
+
+def test_a_card_stays_leased_while_run_has_not_returned(pool, tmp_path):
+    """A release on another thread does not free a card that a command of `run` is computing on."""
+    gpu = pool.acquire()
+    store = pool._engine.arbiter
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    runner = threading.Thread(target=gpu.run, args=(["sh", "-c", f"echo >{fifo}; read line <{fifo}"],))
+    runner.start()
+    try:
+        fifo.read_text()  # it runs
+        gpu.release()
+        assert store.is_held(gpu.uuid)
+        assert not gpu.released
+    finally:
+        fifo.write_text("\n")
+        runner.join(20)
     eventually(lambda: not store.is_held(gpu.uuid), message="the lease ends with the command")
 
 

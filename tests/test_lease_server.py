@@ -613,7 +613,7 @@ def test_a_claim_with_a_bad_field_is_refused(url, change):
     """Nothing is guessed, and nothing is granted."""
     status, _, document = ask(url, "POST", "/v1/leases", {**body_of(claim("a")), **change})
     assert (status, document["error"]["code"]) == (422, "bad_request")
-    assert ask(url, "GET", "/v1/leases")[2] == {"leases": []}
+    assert ask(url, "GET", "/v1/leases")[2] == {"leases": [], "closed": []}
 
 
 def test_only_json_is_taken(url):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 
-from gpupool_sync import AcquireTimeout, ConfigError, Endpoint, GPUPool, NoSuchGPU, RemoteGPUError
+from gpupool_sync import AcquireTimeout, ConfigError, Endpoint, GPUPool, NoSuchGPU, handle
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from helpers import HoldLog, eventually, run_threads
@@ -119,14 +120,17 @@ def test_several_gpus_come_from_one_host(pool):
         pool.acquire(count=5)
 
 
-def test_a_remote_gpu_cannot_be_activated_here(pool):
-    """Masking this process with a card that is not in this machine is an error, never a silent wrong card."""
-    with pool.gpu() as gpu:
+def test_programs_can_be_tried_out_with_a_simulated_gpu(pool, caplog):
+    """The mask is a real one; that there is nothing behind it is said once for each of them."""
+    handle._warn_of_simulation.cache_clear()
+    show = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    with pool.gpu(endpoint="alpha") as gpu:
         assert not gpu.is_local
-        uses = (gpu.activate, gpu.env, lambda: gpu.device, lambda: gpu.run(["true"]), lambda: gpu.popen(["true"]))
-        for use in uses:
-            with pytest.raises(RemoteGPUError, match="simulated GPU"):
-                use()
+        assert gpu.run(show, capture_output=True, text=True).stdout.strip() == gpu.uuid
+        assert gpu.env()["CUDA_VISIBLE_DEVICES"] == gpu.uuid
+    said = [record.getMessage() for record in caplog.records if "simulated" in record.getMessage()]
+    assert len(said) == 1
+    assert gpu.global_gpu_id in said[0]
 
 
 def test_requests_are_filtered_over_real_servers(pool):

@@ -22,6 +22,7 @@ from gpupool_sync.errors import GPUPoolError, MissingExtra
 COMMANDS = {
     "status": ("status", "Show the servers, their GPUs, and who holds them."),
     "leases": ("leases", "Show who holds which GPU, since when, and who waits."),
+    "release": ("release", "Take GPUs back from whoever holds them."),
     "why": ("why", "Explain, GPU by GPU, why a request is or is not granted now."),
     "doctor": ("doctor", "Check configuration, servers and this machine; say what to do."),
     "demo": ("demo", "Share out 14 simulated GPUs, lose a server, take it back."),

@@ -137,6 +137,17 @@ class _Descriptor:
     def close(self) -> None:
         self._owner.close()
 
+    def unlock(self) -> None:
+        """
+        Let go of the lock, and close.
+
+        Closing alone is not enough: a child that another thread forked meanwhile has the same lock through its copy,
+        and keeps it for as long as it lives.
+        """
+        with contextlib.suppress(OSError, ValueError):  # closed before
+            fcntl.flock(self._owner.fileno(), fcntl.LOCK_UN)
+        self._owner.close()
+
 
 class _Directory:
     """The lock directory, opened once; every name in it is looked up relative to the descriptor."""
@@ -413,6 +424,8 @@ class HostStore:
                     queue.remove(name)
                 continue
             if picked is None:
+                if claim.count > 1 and self._find_ended(claim, looked):
+                    continue
                 break
             cards = [wanted for group in claim.groups for wanted in group if wanted.key in picked]
             granted = self._lock_some(claim, cards, cards)
@@ -422,6 +435,22 @@ class HostStore:
             for wanted in cards:
                 looked[wanted.key] = False
         return self._take_over(claim, queue, looked, now)
+
+    def _find_ended(self, claim: Claim, looked: dict[str, bool]) -> bool:
+        """
+        Set the records of dead holders right; whether there were any.
+
+        For a claim of several cards: `_take_over` finds those of the dead only, and one beside free ones never.
+        """
+        found = False
+        for key in {wanted.key for group in claim.groups for wanted in group}:
+            record = None if looked.get(key, True) or key in self._mine else self._record(key, fresh=True)
+            if record is None or record.get("released_at") is not None:
+                continue
+            if self._ended_without_a_word(key, record):
+                del looked[key]  # looked at again
+                found = True
+        return found
 
     def _take_over(self, claim: Claim, queue: TicketQueue, looked: dict[str, bool], now: float) -> _Held | None:
         """Cards whose record says held though the kernel says free: their holder died without a word."""
@@ -459,7 +488,7 @@ class HostStore:
             if claim.share is None and (
                 self._spoken_for(record, locked[0][1], claim.id) or self._is_closed(wanted.key, record, claim.emptied)
             ):
-                locked[0][0].close()
+                locked[0][0].unlock()
                 continue
             for file, name in locked:
                 files.append(file)
@@ -468,7 +497,7 @@ class HostStore:
             records.append(record)
         if len(keys) < claim.count:
             for file in files:
-                file.close()
+                file.unlock()
             return None
         now = self._clock()
         before = max((int(record.get("token", 0)) for record in records if record is not None), default=0)
@@ -495,7 +524,7 @@ class HostStore:
                 return None
             if self._directory.is_current(file, name, self._directory.fd):
                 return [(file, name)]
-            file.close()
+            file.unlock()
         return None
 
     def _lock_share(self, wanted: Wanted, share: Share, claim: Claim | Lease) -> list[tuple[_Descriptor, str]] | None:
@@ -510,7 +539,7 @@ class HostStore:
                 time.sleep(0.0005)
             card, _ = self._directory.open_shared_file(name, self._directory.fd)
             if not _take(card, fcntl.LOCK_SH) or not self._directory.is_current(card, name, self._directory.fd):
-                card.close()
+                card.unlock()
                 return None
             own = f"{name}.share-{_digest(claim.id)}"
             record = _read(card)
@@ -521,16 +550,16 @@ class HostStore:
                 or self._is_closed(wanted.key, record, emptied)
                 or not _fits(self._live_shares(name, own), share, wanted.room_mb)
             ):
-                card.close()
+                card.unlock()
                 return None
             file, _ = self._directory.open_shared_file(own, self._directory.fd)
             if not _take(file, fcntl.LOCK_EX):
-                card.close()
+                card.unlock()
                 return None
             self._write(file, {"share": {"memory_mb": share.memory_mb, "places": share.places}})
             return [(card, name), (file, own)]
         finally:
-            guard.close()
+            guard.unlock()
 
     def _live_shares(self, name: str, own: str | None = None) -> list[dict[str, Any]]:
         """The records of the card's shares that are held (but for *own*); files of dead ones are removed."""
@@ -541,10 +570,14 @@ class HostStore:
             with contextlib.suppress(OSError):
                 file = _Descriptor(os.open(other, _OPEN, dir_fd=self._directory.fd))
                 record = _read(file) or {}
-                if not _take(file, fcntl.LOCK_EX) or (other != own and self._unexpired(record)):
+                if not _take(file, fcntl.LOCK_EX):
+                    found.append(record.get("share") or {})
+                    continue
+                if other != own and self._unexpired(record):
                     found.append(record.get("share") or {})
                 else:
                     os.unlink(other, dir_fd=self._directory.fd)
+                file.unlock()
         return found
 
     def _unexpired(self, record: Mapping[str, Any]) -> bool:
@@ -770,9 +803,11 @@ class HostStore:
             locked = self._lock_card(key)
             if locked is not None:
                 file, name = locked[0]
-                if not self._live_shares(name):
-                    self._write(file, self._record_of(lease, name, released_at=now))
-                file.close()
+                try:
+                    if not self._live_shares(name):
+                        self._write(file, self._record_of(lease, name, released_at=now))
+                finally:
+                    file.unlock()
 
     # -- taking away -------------------------------------------------------------------------------------------
 
@@ -869,6 +904,7 @@ class HostStore:
                 locked = self._lock_card(key)
                 # The record is newer than what the server remembers.
                 if locked and not self._is_of(_read(locked[0][0]), lease):
+                    locked[0][0].unlock()
                     locked = None
             else:
                 locked = None
@@ -879,7 +915,7 @@ class HostStore:
             if locked is None:
                 self._remote.pop(lease.id, None)
                 for file in files:
-                    file.close()
+                    file.unlock()
                 return False
             for file, name in locked:
                 files.append(file)
@@ -1083,16 +1119,17 @@ class HostStore:
             if self._has_socket.is_set():
                 return
             name = f"sock-{os.urandom(8).hex()}"
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            # Known before it accepts: a child forked in between must find it, or it would keep our tickets alive.
+            self._socket_name = name
+            self._socket = sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 sock.setblocking(False)
                 sock.bind(self._directory.socket_path(name))
                 os.chmod(name, 0o666, dir_fd=self._directory.queue_fd)  # noqa: S103 - other users must be able to hint
             except BaseException:
+                self._socket = None
                 sock.close()
                 raise
-            self._socket_name = name
-            self._socket = sock
             self._has_socket.set()
 
     # -- hints -------------------------------------------------------------------------------------------------
@@ -1121,7 +1158,11 @@ class HostStore:
         if key in self._mine:
             return True
         record = self._record(key, fresh=False)
-        return record is not None and record.get("released_at") is None
+        if record is None or record.get("released_at") is None:
+            return record is not None
+        if record.get("closed_at") is not None:
+            self._is_closed(key, record, {})  # for `closed`
+        return False
 
     def holders_of(self, key: str) -> Sequence[LeaseInfo]:
         record = self._record(key, fresh=False)
@@ -1143,15 +1184,17 @@ class HostStore:
             if locked is None:
                 return False
             file, name = locked[0]
-            now_there = _read(file)
-            if now_there is None or self._spoken_for(now_there, name, ""):
-                return False
-            if now_there.get("released_at") is None:
-                # When it ended nobody knows. Readings since the grant count against the card, as they should: what
-                # is left of the dead holder may still compute on it.
-                ended = {"released_at": now_there.get("since"), "closed_at": self._closed_at(now_there)}
-                self._write(file, {**now_there, **ended})
-            file.close()
+            try:
+                now_there = _read(file)
+                if now_there is None or self._spoken_for(now_there, name, ""):
+                    return False
+                if now_there.get("released_at") is None:
+                    # When it ended nobody knows. Readings since the grant count against the card, as they should: what
+                    # is left of the dead holder may still compute on it.
+                    ended = {"released_at": now_there.get("since"), "closed_at": self._closed_at(now_there)}
+                    self._write(file, {**now_there, **ended})
+            finally:
+                file.unlock()
             self._records.pop(key, None)
             return True
         return False

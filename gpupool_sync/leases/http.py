@@ -347,6 +347,9 @@ class HTTPStore:
     def leases(self) -> Sequence[LeaseInfo]:
         document = self._get("/v1/leases")
         try:
+            closed = documents.read_closed(document)
+            with self._lock:
+                self._closed_cards = dict.fromkeys(closed, self._clock())
             return documents.read_lease_infos(document.get("leases"))
         except BadDocument as exc:
             raise self._unclear(f"its answer cannot be used: {exc}") from exc

@@ -138,7 +138,7 @@ _REQUESTS: dict[str, Schema] = {
     ),
 }
 _ANSWERS: dict[tuple[str, str], dict[int, tuple[str, Schema]]] = {
-    ("GET", "/v1/leases"): {200: ("OK", as_object({"leases": as_list(_LEASE_INFO)}))},
+    ("GET", "/v1/leases"): {200: ("OK", as_object({"leases": as_list(_LEASE_INFO), "closed": _CLOSED}))},
     ("GET", "/v1/queue"): {200: ("In the order of service", as_object({"queue": as_list(_TICKET_INFO)}))},
     ("POST", "/v1/leases"): {
         200: ("Granted, now or by the same claim before", _LEASE),

@@ -692,7 +692,8 @@ class LeaseAPI:
 
     def _list(self, path: str) -> Answer:
         if path == "/v1/leases":
-            return _answer(200, {"leases": [documents.lease_info_document(info) for info in self.granter.leases()]})
+            leases = [documents.lease_info_document(info) for info in self.granter.leases()]
+            return _answer(200, {"leases": leases, "closed": sorted(self.granter.store.closed())})
         tickets = self.granter.store.queue()
         return _answer(200, {"queue": [documents.ticket_info_document(info) for info in tickets]})
 
