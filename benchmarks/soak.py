@@ -1,10 +1,13 @@
 """
 ``python -m benchmarks.soak``: long, seeded chaos among processes that share cards, and a judge that knows no pools.
 
-Workers (`benchmarks._soak_worker`) acquire, hold and release; meanwhile they are killed, stopped, continued and
-interrupted, and the arbiter is killed, frozen and restarted.  What the workers say they held and what was done to them
-is judged afterwards by `judge`: overlaps, fencing tokens, leaks, starvation, order, and the time from the death of a
-holder until its card is held again.  The exit status is 0 only if all is well.
+Workers (`benchmarks._soak_worker`) acquire, hold, release and fork; meanwhile they are killed, stopped, continued and
+interrupted, the arbiter is killed, frozen and restarted, and their connections to it (`benchmarks._proxy`) are cut,
+truncated, or lead nowhere for a while.  What the workers say they held and what was done to them is judged afterwards
+by
+`judge`: overlaps, fencing tokens, leaks, starvation, order, leases that were lost for nothing, errors that nobody
+should see, and the time from the death of a holder until its card is held again.  The exit status is 0 only if all is
+well.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from benchmarks._harness import clean_environment, say
+from benchmarks._proxy import Direction, FaultProxy
 from gpupool_sync.testing import FakeFleet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +56,20 @@ PATIENCE = 15.0
 RECOVERY = 3.0
 #: Seconds from one outage of the arbiter to the next, at least.
 OUTAGES = 10.0
+#: What makes it unreachable: each kind has its turn.
+OUTAGES_OF = ("kill arbiter", "freeze arbiter", "one-way", "blackhole")
 #: Seconds that an `acquire` of a worker waits at most.
 ACQUIRE = 20.0
+#: Seconds after which a forked child has ended, one way or another.
+CHILD_LIFE = 30.0
+#: Seconds that a forked child whose parent is killed just then may take until its first note.
+BIRTH = 2.0
+#: Waits of forked children that are too few to say anything about all of them.
+FEW_CHILDREN = 5
+#: What stands above each stack that `faulthandler` writes.
+STACKS = "(most recent call first)"
+#: How a wait may end without a card and without anybody having done wrong.
+EXPECTED = ("served", "timeout", "interrupted", "gone", "lost before it began")
 
 
 # -- what the log says -----------------------------------------------------------------------------------------
@@ -83,8 +99,11 @@ class Hold:
     end: float
     #: How many may share the card with this kind of hold.
     places: int = 1
-    #: When its holder was killed, if that ended it.
+    #: When its holder was killed, if that ended it; where forked children keep its card as long as they live, when the
+    #: last of them ended.
     killed: float | None = None
+    #: When its holder saw that it was lost.
+    lost: float | None = None
 
 
 @attrs.frozen
@@ -118,6 +137,8 @@ class Worker:
     left: int = 0
     #: Files of cards that it had open between two rounds.
     leaked: tuple[str, ...] = ()
+    #: Forked from another worker; it asks once.
+    child: bool = False
 
     def stopped_within(self, begin: float, end: float) -> bool:
         return any(stop.meets(begin, end) for stop in self.stops)
@@ -138,6 +159,8 @@ class History:
     end: float = 0.0
     #: Whether a stopped holder loses its lease.
     ttl: bool = False
+    #: What the workers themselves found wrong, in words.
+    wrong: Sequence[str] = ()
 
     def disturbed(self, begin: float, end: float) -> bool:
         """Whether the arbiter was away in this time, or the waiters were still finding their way back to it."""
@@ -150,11 +173,14 @@ def understand(notes: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]
 
     A hold without an end counts until its holder was killed.  One whose holder may lose it while it is stopped counts
     for certain only until the last instant at which it was told to be good, or, untold, for what the ttl leaves of it
-    after the stop; one that was told to be good at its end counts to its end, stops or not.
+    after the stop; one that was told to be good at its end counts to its end, stops or not.  Where there is no ttl, the
+    forked children of a killed holder keep its card as long as they live.
     """
     by_who: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    of_kind: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for note in notes:
         by_who[note["who"]].append(note)
+        of_kind[note["note"]].append(note)
     stops: dict[str, list[Span]] = collections.defaultdict(list)
     opened: dict[str, float] = {}
     killed: dict[str, float] = {}
@@ -178,12 +204,30 @@ def understand(notes: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]
     if down is not None:
         outages.append(Span(down, end))
 
+    # Threads of one process die and stop together; a forked child is a process of its own.
+    process = {note["who"]: note.get("of", note["who"]) for note in of_kind["ready"]}
+    left_at = {note["who"]: note["at"] for note in of_kind["left"]}
+    children = [
+        _Child(note["who"], note["parent"], note["forked"], note["at"], left_at.get(note["who"]))
+        for note in of_kind["ready"]
+        if "parent" in note
+    ]
+    wrong = [f"{note['who']}: {note['text']}" for note in of_kind["wrong"]]
+    wrong += [f"{note['who']}: {note['why']}: {note.get('text', '')}" for note in of_kind["error"]]
+    seen = {child.who for child in children}
+    for note in of_kind["fork"]:
+        # Who is killed may be so before the fork that it has just announced.
+        born = note["child"] in seen or killed.get(note["who"], end) - note["at"] > BIRTH
+        if born and note["child"] not in left_at:
+            wrong.append(f"{note['child']}, forked at {note['at']}, did not end by itself")
+
     holds: list[Hold] = []
     asks: list[Ask] = []
     workers: list[Worker] = []
     for who, mine in by_who.items():
-        death = killed.get(who)
-        gone = end if death is None else death
+        of = process.get(who, who)
+        death = killed.get(of)
+        gone = left_at.get(of, end) if death is None else death
         ready, left, got = gone, 0, 0
         leaked: set[str] = set()
         ask: dict[str, Any] | None = None
@@ -193,13 +237,14 @@ def understand(notes: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]
             if what == "ready":
                 ready = at
             elif what == "left":
-                left, gone = note["held"], at
+                left = note["held"]
             elif what == "leak":
                 leaked.update(note["files"])
             elif what == "ask":
                 ask = note
             elif what == "fail" and ask is not None:
-                asks.append(Ask(who, ask["at"], at, ask["count"], ask["places"], note["why"]))
+                why = note["why"] if note["why"] in EXPECTED else f"{note['why']}: {note.get('text', '')}"
+                asks.append(Ask(who, ask["at"], at, ask["count"], ask["places"], why))
                 ask = None
             elif what == "begin" and ask is not None:
                 asks.append(Ask(who, ask["at"], at, ask["count"], ask["places"]))
@@ -208,6 +253,8 @@ def understand(notes: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]
                 ask = None
             elif what == "end":
                 held[-1]["good"] = note["good"]
+                if note["lost"]:
+                    held[-1]["lost"] = at
         if ask is not None:
             asks.append(Ask(who, ask["at"], max(ask["at"], gone), ask["count"], ask["places"], "gone"))
         for hold in held:
@@ -216,16 +263,48 @@ def understand(notes: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]
                 until, death_of_it = max(hold["at"], gone), death
                 if ttl:
                     # Also one before it began: it may have been granted before that.
-                    first = [stop.begin for stop in stops[who] if stop.end >= hold["at"] - TTL][:1]
-                    until = min([until, *(max(hold["at"], begin + GOOD_AFTER_STOP) for begin in first)])
+                    first = [stop.begin for stop in stops[of] if stop.end >= hold["at"] - TTL][:1]
+                    until = min([until, *(max(hold["at"], _good_after(begin, outages)) for begin in first)])
+                elif death is not None:
+                    heirs = [child for child in children if child.parent == of and child.forked <= death]
+                    # What was being granted while it was forked may be the child's as well, or not.
+                    until = max([until, *(heir.left or until for heir in heirs if hold["at"] <= heir.forked)])
+                    death_of_it = max([death, *(heir.left or end for heir in heirs if hold["asked"] <= heir.ready)])
             holds += [
-                Hold(key, who, hold["token"], hold["asked"], hold["at"], until, hold["places"], death_of_it)
+                Hold(
+                    key,
+                    who,
+                    hold["token"],
+                    hold["asked"],
+                    hold["at"],
+                    until,
+                    hold["places"],
+                    death_of_it,
+                    hold.get("lost"),
+                )
                 for key in hold["keys"]
             ]
-        workers.append(Worker(who, ready, gone, tuple(stops[who]), got, left, tuple(sorted(leaked))))
+        child = any(child.who == who for child in children)
+        workers.append(Worker(who, ready, gone, tuple(stops[of]), got, left, tuple(sorted(leaked)), child))
     holds.sort(key=lambda hold: hold.begin)
     asks.sort(key=lambda ask: ask.begin)
-    return History(holds, asks, workers, outages, end, ttl)
+    return History(holds, asks, workers, outages, end, ttl, tuple(wrong))
+
+
+@attrs.frozen
+class _Child:
+    """The life of a forked process: before the fork, its first note, its last."""
+
+    who: str
+    parent: str
+    forked: float
+    ready: float
+    left: float | None
+
+
+def _good_after(stop: float, outages: Iterable[Span]) -> float:
+    """Until when a lease with a ttl is good whose holder was stopped then: it was renewed before, if it could be."""
+    return stop if any(outage.meets(stop - TTL, stop) for outage in outages) else stop + GOOD_AFTER_STOP
 
 
 # -- what is wrong with it -------------------------------------------------------------------------------------
@@ -334,6 +413,36 @@ def inversions(history: History) -> list[Inversion]:
     return found
 
 
+def lost_for_nothing(history: History) -> list[Hold]:
+    """Holds that were lost though their holder ran and the arbiter was there: cut connections are no reason."""
+    workers = {worker.who: worker for worker in history.workers}
+    found = []
+    for hold in history.holds:
+        # Renewed for the last time, it may have been, up to a ttl before.
+        if hold.lost is None or history.disturbed(hold.begin - TTL, hold.lost):
+            continue
+        who = workers.get(hold.who)
+        if who is None or not who.stopped_within(hold.begin - TTL, hold.lost):
+            found.append(hold)
+    return found
+
+
+def errors(history: History) -> list[str]:
+    """Waits that ended with an error though the arbiter was there."""
+    return [
+        f"{ask.who}, which asked at {ask.begin}: {ask.outcome}"
+        for ask in history.asks
+        if ask.outcome not in EXPECTED and not history.disturbed(ask.begin, ask.end)
+    ]
+
+
+def children_served(history: History) -> tuple[int, int]:
+    """Waits of forked children that the arbiter could serve, and how many of them were served."""
+    forked = {worker.who for worker in history.workers if worker.child}
+    asks = [ask for ask in history.asks if ask.who in forked and not history.disturbed(ask.begin, ask.end)]
+    return len(asks), sum(ask.outcome == "served" for ask in asks)
+
+
 @attrs.frozen
 class Takeover:
     """A holder died, and its card was held again after so many seconds in which somebody waited."""
@@ -428,6 +537,9 @@ def judge(history: History, *, cards: Sequence[str], reclaimed: Sequence[str]) -
     taken = [each for each in taken if not each.reserved or each.seconds <= bound]
     p50, p99 = (percentile([each.seconds for each in taken], share) for share in (0.5, 0.99))
     waits = [ask.end - ask.begin for ask in history.asks if ask.outcome == "served"]
+    lost = lost_for_nothing(history)
+    failed = [*history.wrong, *errors(history)]
+    forked, served = children_served(history)
     problems = [f"overlap of {first} and {second}" for first, second in doubles]
     problems += [f"token regression from {first} to {second}" for first, second in backwards]
     problems += [f"leak: {key} could not be claimed after all workers were gone" for key in leaked]
@@ -436,6 +548,10 @@ def judge(history: History, *, cards: Sequence[str], reclaimed: Sequence[str]) -
         f"leak: {worker.who} held nothing and had {', '.join(worker.leaked)} open" for worker in kept if worker.leaked
     ]
     problems += [f"starved: {told}" for told in hungry]
+    problems += [f"lost for nothing: {hold}" for hold in lost]
+    problems += [f"wrong: {told}" for told in failed]
+    if forked >= FEW_CHILDREN and 2 * served < forked:
+        problems.append(f"starved: {served} of {forked} forked children got anything")
     problems += [f"inversion: {each}" for each in wrong]
     late = sorted((each for each in taken if each.seconds > bound), key=lambda each: -each.seconds)
     if p99 is not None and p99 > bound:
@@ -455,6 +571,11 @@ def judge(history: History, *, cards: Sequence[str], reclaimed: Sequence[str]) -
         "inversions": len(wrong),
         "inversions_around_outages": len(inverted) - len(wrong),
         "inversion_worst_s": _rounded(max((each.earlier.end - each.later.end for each in wrong), default=None)),
+        "lost": sum(hold.lost is not None for hold in history.holds),
+        "lost_for_nothing": len(lost),
+        "wrong": len(failed),
+        "forked_children": sum(worker.child for worker in history.workers),
+        "forked_children_served": sum(worker.child and worker.got > 0 for worker in history.workers),
         "takeovers": len(taken),
         "takeovers_not_judged": silent,
         "takeovers_reserved": reserved,
@@ -466,7 +587,9 @@ def judge(history: History, *, cards: Sequence[str], reclaimed: Sequence[str]) -
         "wait_p50_s": _rounded(statistics.median(waits) if waits else None),
         "wait_p99_s": _rounded(percentile(waits, 0.99)),
         "wait_max_s": _rounded(max(waits, default=None)),
-        "not_served": dict(collections.Counter(ask.outcome for ask in history.asks if ask.outcome != "served")),
+        "not_served": dict(
+            collections.Counter(ask.outcome.split(":")[0] for ask in history.asks if ask.outcome != "served")
+        ),
     }
     return Verdict(measures, tuple(problems))
 
@@ -485,6 +608,8 @@ class Arbiter:
     mortal = False
 
     def __init__(self, directory: Path, cards: int) -> None:
+        #: Between the workers and what they need of it.
+        self.proxies: list[FaultProxy] = []
         self.settings: dict[str, Any] = {}
         self.environment = {"GPU_POOL_LOCK_DIR": str(directory / "locks")}
         self.keys = [f"GPU-{0:08x}-0000-4000-8000-{index:012x}" for index in range(cards)]
@@ -497,7 +622,9 @@ class Arbiter:
 
     def thaw(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        for proxy in self.proxies:
+            proxy.close()
 
 
 class _Server(Arbiter):
@@ -509,18 +636,21 @@ class _Server(Arbiter):
     def __init__(self, directory: Path, cards: int) -> None:
         super().__init__(directory, cards)
         self._fleet = FakeFleet([cards], leases=self._leases)
-        self.settings = {"url": self._fleet[0].url}
         try:
+            self.proxies.append(FaultProxy("127.0.0.1", self._fleet[0].port))
+            self.settings = {"url": self.proxies[0].url}
             self.keys = _keys(self._fleet[0].url, cards)
         except BaseException:
             self.close()
             raise
 
     def kill(self) -> None:
+        self.proxies[0].refuse()
         self._fleet[0].kill()
 
     def restart(self) -> None:
         self._fleet[0].restart()
+        self.proxies[0].refuse(False)
 
     def freeze(self) -> None:
         self._fleet[0].freeze()
@@ -529,6 +659,7 @@ class _Server(Arbiter):
         self._fleet[0].heal()
 
     def close(self) -> None:
+        super().close()
         self._fleet.close()
 
 
@@ -545,8 +676,9 @@ class _Redis(_Server):
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         url = f"redis://127.0.0.1:{self._port}/0"
-        self.settings["redis"] = url
         try:
+            self.proxies.append(FaultProxy("127.0.0.1", self._port))
+            self.settings["redis"] = f"redis://127.0.0.1:{self.proxies[1].port}/0"
             self.restart()
             # One that has been known for a while: a new one grants nothing until it is sure to have lost nothing.
             from gpupool_sync.leases.redis import RedisStore
@@ -560,6 +692,7 @@ class _Redis(_Server):
 
     def kill(self) -> None:
         if self._process is not None:
+            self.proxies[1].refuse()
             self._process.kill()
             self._process.wait(10.0)
             self._process = None
@@ -580,6 +713,7 @@ class _Redis(_Server):
                     f"redis-server did not start:\n{(self._directory / 'redis.log').read_text()[-2000:]}"
                 )
             time.sleep(0.01)
+        self.proxies[1].refuse(False)
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1.0) as connection:
@@ -641,7 +775,8 @@ class Soak:
         self._problems: list[str] = []
         self._arbiter: Arbiter | None = None
         self._up_at: float | None = None  # when the arbiter is to come back
-        self._dead = False
+        self._come_back: Callable[[], None] = lambda: None
+        self._outages: list[str] = []  # those that are next: every kind has its turn
         self.swallowed = 0  # interrupts
         self._states: dict[str, str] = {}  # the last note of each worker that is ready
         self._begun = time.monotonic() - OUTAGES / 2  # the first outage may be early
@@ -657,6 +792,7 @@ class Soak:
             self._await_ready()
             self._torment(time.monotonic() + options.seconds)
             self._end_well()
+            self._await_children()
             reclaimed = self._sweep()
         finally:
             for each in self._processes:
@@ -725,15 +861,23 @@ class Soak:
         assert self._arbiter is not None
         kinds = {"kill": 4, "stop": 4, "interrupt": 8}
         if self._arbiter.mortal:
-            kinds |= {"kill arbiter": 1, "freeze arbiter": 1}
+            kinds |= {"outage": 3, "cut connections": 6, "truncated answer": 2}
         next_fault = time.monotonic() + 0.5
         while (now := time.monotonic()) < until:
             self._keep_up(now)
             if now >= next_fault:
                 next_fault = now + chance.uniform(0.05, 0.6)
                 kind = chance.choices(list(kinds), list(kinds.values()))[0]
-                if "arbiter" in kind:
-                    self._torment_arbiter(kind, now, until)
+                if kind == "outage":
+                    self._torment_arbiter(now, until)
+                elif kind == "cut connections":
+                    self._event("cut", kind=kind)
+                    for proxy in self._some_proxies():
+                        proxy.cut()
+                elif kind == "truncated answer":
+                    self._event("cut", kind=kind)
+                    for proxy in self._some_proxies():
+                        proxy.cut_after(chance.choice([0, 1, chance.randrange(1000)]))
                 else:
                     self._torment_worker(kind, now)
             time.sleep(0.01)
@@ -779,19 +923,52 @@ class Soak:
             self._event("interrupt", who=each.who)
             each.process.send_signal(signal.SIGINT)
 
-    def _torment_arbiter(self, kind: str, now: float, until: float) -> None:
+    def _some_proxies(self) -> list[FaultProxy]:
+        assert self._arbiter is not None
+        proxies = self._arbiter.proxies
+        return self._random.sample(proxies, self._random.randint(1, len(proxies)))
+
+    def _torment_arbiter(self, now: float, until: float) -> None:
+        """Make it unreachable for a while."""
         assert self._arbiter is not None
         # Between two of its outages there is time to live.
         last = max((event["at"] for event in self._events if event["event"] == "up"), default=self._begun)
         if self._up_at is not None or now - last < OUTAGES or until - now < 1.0:
             return
+        chance = self._random
+        if not self._outages:
+            self._outages = chance.sample(list(OUTAGES_OF), len(OUTAGES_OF))
+        kind = self._outages.pop()
+        proxies = self._some_proxies()
+        seconds = chance.choice([0.0, chance.uniform(0.1, 1.0), chance.uniform(1.0, 5.0)])
         self._event("down", kind=kind)
-        self._dead = kind == "kill arbiter"
-        if self._dead:
+        if kind == "kill arbiter":
             self._arbiter.kill()
-        else:
+            self._come_back = self._arbiter.restart
+        elif kind == "freeze arbiter":
             self._arbiter.freeze()
-        self._up_at = now + self._random.choice([0.0, self._random.uniform(0.1, 1.0), self._random.uniform(1.0, 5.0)])
+            self._come_back = self._arbiter.thaw
+        else:
+            if kind == "one-way":
+                # Mostly it is the answers that do not arrive: what was asked has been done, and nobody knows.
+                seconds = chance.uniform(0.2, 1.5)
+                direction: Direction = chance.choice(["up", "up", "up", "down"])
+                for proxy in proxies:
+                    proxy.one_way(direction)
+            else:
+                seconds = max(seconds, 0.1)
+                for proxy in proxies:
+                    proxy.blackhole()
+            lossy = chance.random() < 0.5  # else what was kept arrives late
+
+            def heal() -> None:
+                for proxy in proxies:
+                    if lossy:
+                        proxy.cut()
+                    proxy.heal()
+
+            self._come_back = heal
+        self._up_at = now + seconds
 
     def _keep_up(self, now: float, everything: bool = False) -> None:
         """Continue who has been stopped for long enough, bring the arbiter back, see who ended without being asked."""
@@ -807,10 +984,7 @@ class Soak:
                 self._processes.remove(each)
                 self._start()
         if self._up_at is not None and (everything or now >= self._up_at):
-            if self._dead:
-                self._arbiter.restart()
-            else:
-                self._arbiter.thaw()
+            self._come_back()
             self._up_at = None
             self._event("up")
 
@@ -828,6 +1002,25 @@ class Soak:
                 each.process.kill()
                 each.process.wait(10.0)
             self._look_at(each)
+
+    def _await_children(self) -> None:
+        """Forked children of killed workers end by themselves; who does not is found by the judge."""
+        deadline = time.monotonic() + CHILD_LIFE + 5.0
+        while time.monotonic() < deadline:
+            notes = read_notes(self._log)
+            born = {note["who"] for note in notes if note["note"] == "ready" and "parent" in note}
+            young = {
+                note["child"]
+                for note in notes
+                if note["note"] == "fork" and time.monotonic() - note["at"] < 2.0 * BIRTH
+            }
+            if not (born | young) - {note["who"] for note in notes if note["note"] == "left"}:
+                break
+            time.sleep(0.2)
+        for file in self._directory.glob("*.err"):
+            told = file.read_text(errors="replace")
+            if STACKS in told:  # of its alarm
+                self._problems.append(f"a forked child of {file.stem} hung: {told[-3000:]}")
 
     def _look_at(self, each: _Process, asked: bool = True) -> None:
         """See how one ended, and what it had to say."""
@@ -875,19 +1068,40 @@ def read_notes(log: Path) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; the exit status is 0 only if all is well."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--store", choices=STORES, default="host", help="who arbitrates (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of torment (default: %(default)g)")
+    parser.add_argument(
+        "--store",
+        choices=(*STORES, "all"),
+        default="host",
+        help="who arbitrates; all: one by one (default: %(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, default=600.0, help="of torment, each (default: %(default)g)")
     parser.add_argument("--workers", type=int, default=8, help="processes (default: %(default)s)")
     parser.add_argument("--cards", type=int, default=4, help="that they share (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of all chance (default: told, another each time)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--keep", metavar="DIR", help="leave the logs there")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table; of all stores, a list")
+    parser.add_argument("--keep", metavar="DIR", help="leave the logs there; of all stores, in one folder each")
     options = parser.parse_args(arguments)
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1_000_000)
-    if options.store == "redis" and shutil.which("redis-server") is None:
+    if options.store in ("redis", "all") and shutil.which("redis-server") is None:
         parser.error("redis-server is not installed")
     clean_environment()
+    every = options.store == "all"
+    results = []
+    for store in STORES if every else (options.store,):
+        keep = options.keep and (Path(options.keep) / store if every else Path(options.keep))
+        results.append(_soak(argparse.Namespace(**{**vars(options), "store": store, "keep": keep})))
+        if not options.json:
+            _print(results[-1])
+        elif every:
+            say(f"{store}: {'all is well' if results[-1]['well'] else 'problems'}")
+    if options.json:
+        print(json.dumps(results if every else results[0], indent=2))
+    return 0 if all(found["well"] for found in results) else 1
+
+
+def _soak(options: argparse.Namespace) -> dict[str, Any]:
+    """One run; what was found."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpupool-soak-") as directory:
         soak = Soak(options, Path(directory))
@@ -895,13 +1109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdict, faults, notes = soak.run()
         finally:
             if options.keep:
-                Path(options.keep).mkdir(parents=True, exist_ok=True)
-                (Path(options.keep) / "events").write_text("\n".join(map(json.dumps, soak._events)) + "\n")
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / "events").write_text("\n".join(map(json.dumps, soak._events)) + "\n")
                 for file in Path(directory).glob("*"):
                     if file.is_file():
                         shutil.copy(file, options.keep)
     errors = collections.Counter(note["why"] for note in notes if note["note"] == "error")
-    found = {
+    return {
         "store": options.store,
         "seed": options.seed,
         "seconds": options.seconds,
@@ -915,11 +1129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "problems": list(verdict.problems),
         "well": not verdict.problems,
     }
-    if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        _print(found)
-    return 0 if not verdict.problems else 1
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -192,6 +192,47 @@ def test_takeovers_that_nobody_could_have_done_sooner(change, judged):
     assert found.measures["takeovers"] == judged
 
 
+def test_a_lease_that_was_lost_for_nothing_is_found():
+    """Its holder ran and the arbiter was there: renewals must survive cut connections."""
+    past = history(hold(5.0, 8.0, lost=8.1), workers=[Worker("w1", 0.0, 99.0, got=1)], ttl=True)
+    found = verdict(past)
+    assert found.measures["lost_for_nothing"] == 1
+    assert "lost for nothing" in found.problems[0]
+    for excuse in (
+        {"outages": [Span(3.0, 4.0)]},
+        {"workers": [Worker("w1", 0.0, 99.0, stops=(Span(3.0, 4.0),), got=1)]},
+    ):
+        assert verdict(attrs.evolve(past, **excuse)).problems == ()
+
+
+def test_an_error_that_nobody_should_see_is_found():
+    """A wait that ends with one while the arbiter is there; not around its outages, and not a timeout."""
+    past = history(hold(1.0, 2.0), asks=[Ask("w1", 3.0, 4.0, outcome="LeaseStoreError: it is gone")], workers=[])
+    found = verdict(past)
+    assert found.measures["wrong"] == 1
+    assert "wrong: w1, which asked at 3.0: LeaseStoreError: it is gone" in found.problems[0]
+    assert verdict(attrs.evolve(past, outages=[Span(2.0, 2.5)])).problems == ()
+    for outcome in ("timeout", "interrupted", "gone"):
+        assert verdict(attrs.evolve(past, asks=[Ask("w1", 3.0, 4.0, outcome=outcome)])).problems == ()
+
+
+def test_what_the_workers_find_wrong_themselves_is_told():
+    """Such as a forked child whose pool says that it holds something."""
+    assert verdict(history(hold(1.0, 2.0), wrong=["w1.f1: it holds"])).problems == ("wrong: w1.f1: it holds",)
+
+
+def test_forked_children_that_get_nothing_are_starved():
+    """One may be unlucky; most of them are not."""
+    asks = [Ask(f"w1.f{number}", 1.0, 6.0, outcome="timeout") for number in range(6)]
+    workers = [Worker(f"w1.f{number}", 1.0, 6.0, child=True) for number in range(6)]
+    past = history(hold(1.0, 2.0), asks=asks, workers=workers)
+    assert verdict(past).problems == ("starved: 0 of 6 forked children got anything",)
+    assert verdict(attrs.evolve(past, outages=[Span(2.0, 2.5)])).problems == ()
+    assert verdict(attrs.evolve(past, asks=asks[:2])).problems == ()
+    served = [attrs.evolve(ask, outcome="served") for ask in asks[:3]]
+    assert verdict(attrs.evolve(past, asks=[*served, *asks[3:]])).problems == ()
+
+
 # -- from the notes to the history -----------------------------------------------------------------------------
 
 
@@ -241,6 +282,110 @@ def test_waits_that_end_without_a_card_and_outages():
     assert past.outages == [Span(1.0, 2.0), Span(6.0, 10.0)]
 
 
+def test_a_stop_in_an_outage_leaves_nothing_certain():
+    """The lease may not have been renewed for long before it."""
+    events = [
+        {"event": "down", "at": 2.5},
+        {"event": "up", "at": 2.9},
+        {"event": "stop", "who": "w1", "at": 3.0},
+        {"event": "kill", "who": "w1", "at": 9.0},
+    ]
+    assert soak.understand(BEGUN, events, ttl=True, end=10.0).holds[0].end == 3.0
+
+
+def test_cut_connections_are_no_outage():
+    """Clients must get over them by themselves."""
+    events = [{"event": "cut", "kind": "cut connections", "at": 2.0}]
+    assert soak.understand(BEGUN, events, ttl=True, end=10.0).outages == []
+
+
+def test_a_hold_that_was_lost():
+    """When its holder saw it, for the judge to ask why."""
+    past = soak.understand([*BEGUN, *notes_of("w1", ("end", 9.0, {"good": 4.0, "lost": True}))], [], ttl=True, end=10.0)
+    assert past.holds == [Hold("a", "w1", 1, 1.0, 2.0, 4.0, lost=9.0)]
+
+
+def test_an_unexpected_error_is_kept_with_its_words():
+    """Also one at a release, which is not the end of a wait."""
+    failed = {"why": "BadAnswer", "text": "no GPU"}
+    past = soak.understand(
+        [
+            *notes_of("w1", ("ready", 0.5, {}), ("ask", 1.0, {}), ("fail", 2.0, failed)),
+            *notes_of("w1", ("error", 3.0, {"why": "LeaseStoreError at release", "text": "gone"})),
+        ],
+        [],
+        ttl=True,
+        end=10.0,
+    )
+    assert past.asks == [Ask("w1", 1.0, 2.0, outcome="BadAnswer: no GPU")]
+    assert past.wrong == ("w1: LeaseStoreError at release: gone",)
+
+
+def test_the_threads_of_a_process_die_together():
+    """A second thread notes under its own name, and is killed and stopped with the first."""
+    notes = [*BEGUN, *notes_of("w1.b", ("ready", 1.0, {"of": "w1"}), ("ask", 1.5, {}), ("begin", 2.5, {"keys": ["b"]}))]
+    events = [{"event": name, "who": "w1", "at": at} for name, at in [("stop", 3.0), ("continue", 4.0), ("kill", 5.0)]]
+    past = soak.understand(notes, events, ttl=False, end=10.0)
+    assert [(each.who, each.end, each.killed) for each in past.holds] == [("w1", 5.0, 5.0), ("w1.b", 5.0, 5.0)]
+    assert [(each.who, each.gone, each.stops) for each in past.workers] == [
+        ("w1", 5.0, (Span(3.0, 4.0),)),
+        ("w1.b", 5.0, (Span(3.0, 4.0),)),
+    ]
+
+
+FORK = notes_of("w1", ("fork", 3.0, {"child": "w1.f1"}))
+CHILD = notes_of("w1.f1", ("ready", 3.1, {"parent": "w1", "forked": 3.0}))
+LEFT = notes_of("w1.f1", ("left", 7.0, {"held": 0}))
+KILL = [{"event": "kill", "who": "w1", "at": 5.0}]
+
+
+def test_a_forked_child_keeps_the_card_of_its_dead_parent():
+    """Where there is no ttl: until it ends nobody may hold the card, and only then is it late."""
+    past = soak.understand([*BEGUN, *FORK, *CHILD, *LEFT], KILL, ttl=False, end=10.0)
+    assert past.holds == [Hold("a", "w1", 1, 1.0, 2.0, 7.0, killed=7.0)]
+    assert past.wrong == ()
+    assert [(each.who, each.gone, each.child) for each in past.workers] == [("w1", 5.0, False), ("w1.f1", 7.0, True)]
+    waiting = [Ask("w2", 4.0, 7.2)]
+    good = attrs.evolve(past, holds=[*past.holds, hold(7.2, 8.0, who="w2", asked=4.0)], asks=waiting)
+    assert verdict(good).problems == ()
+    assert verdict(good).measures["takeover_p99_s"] == pytest.approx(0.2)
+    bad = attrs.evolve(past, holds=[*past.holds, hold(6.0, 8.0, who="w2", asked=4.0)], asks=waiting)
+    assert verdict(bad).measures["overlaps"] == 1
+
+
+def test_a_forked_child_keeps_nothing_else():
+    """Not with a ttl, not what was granted after the fork, not what the parent has given back."""
+    past = soak.understand([*BEGUN, *FORK, *CHILD, *LEFT], KILL, ttl=True, end=10.0)
+    assert (past.holds[0].end, past.holds[0].killed) == (5.0, 5.0)
+    later = notes_of("w1", ("ready", 0.5, {}), ("fork", 0.6, {"child": "w1.f1"}), ("ask", 3.5, {}), ("begin", 4.0, {}))
+    born = notes_of("w1.f1", ("ready", 0.7, {"parent": "w1", "forked": 0.6}))
+    past = soak.understand([*later, *born, *LEFT], KILL, ttl=False, end=10.0)
+    assert (past.holds[0].end, past.holds[0].killed) == (5.0, 5.0)
+    ended = notes_of("w1", ("end", 4.0, {"good": 4.0}))
+    past = soak.understand([*BEGUN, *FORK, *CHILD, *ended, *LEFT], KILL, ttl=False, end=10.0)
+    assert (past.holds[0].end, past.holds[0].killed) == (4.0, None)
+
+
+def test_what_is_granted_during_a_fork_may_be_kept_or_not():
+    """Nobody is called late before the child ends, and nobody's hold an overlap."""
+    notes = notes_of("w1", ("ready", 0.5, {}), ("ask", 2.0, {}), ("fork", 3.0, {"child": "w1.f1"}), ("begin", 3.2, {}))
+    past = soak.understand([*notes, *CHILD, *LEFT], KILL, ttl=False, end=10.0)
+    assert (past.holds[0].end, past.holds[0].killed) == (5.0, 7.0)
+
+
+@pytest.mark.parametrize("notes", [FORK, [*FORK, *CHILD]], ids=["in its birth", "later"])
+def test_a_forked_child_that_hangs_is_found(notes):
+    """It never says that it ends."""
+    past = soak.understand([*BEGUN, *notes], [], ttl=True, end=40.0)
+    assert past.wrong == ("w1.f1, forked at 3.0, did not end by itself",)
+
+
+def test_a_fork_that_never_was_is_no_child_that_hangs():
+    """Its parent was killed between the note and the deed."""
+    past = soak.understand([*BEGUN, *FORK], [{"event": "kill", "who": "w1", "at": 3.1}], ttl=True, end=40.0)
+    assert past.wrong == ()
+
+
 # -- the whole -------------------------------------------------------------------------------------------------
 
 
@@ -270,3 +415,26 @@ def test_a_short_soak_is_well(store, capsys):
     assert status == 0
     assert found["acquisitions"] > 20
     assert sum(found["faults"].values()) > 0
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_all_stores_one_after_another(as_json, capsys, monkeypatch, tmp_path):
+    """One list, one folder of logs each; one that is not well is enough for the exit status."""
+    asked = []
+
+    def run(options):
+        asked.append((options.store, options.keep))
+        well = options.store != "server"
+        return {"store": options.store, "seed": 1, "problems": [] if well else ["it broke"], "well": well}
+
+    monkeypatch.setattr(soak, "_soak", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    arguments = ["--store", "all", "--keep", str(tmp_path), *(["--json"] if as_json else [])]
+    assert soak.main(arguments) == 1
+    assert asked == [(store, tmp_path / store) for store in soak.STORES]
+    out = capsys.readouterr().out
+    if as_json:
+        assert [found["store"] for found in json.loads(out)] == list(soak.STORES)
+    else:
+        assert "✗ it broke" in out
+        assert "Soak of the redis" in out
