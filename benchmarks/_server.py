@@ -1,4 +1,4 @@
-"""Many statistics servers in one process, for the sweep: each port answers a prepared summary after a fixed delay.
+"""Many statistics servers in one process: each port answers a prepared summary after a fixed delay, or fails.
 
 One thread, non-blocking sockets and a queue of answers that are due: an answer costs it less than any contender needs
 to ask (the sweep reports how much).  It ends when its standard input does, so it never outlives who started it.
@@ -22,6 +22,8 @@ from gpupool_sync import wire
 from gpupool_sync.models import GPUReading, HostIdentity, Sample
 
 GPUS = 8
+#: How a server fails: nobody listens, it answers 500, or it takes the question and says nothing.
+FAULTS = ("refusing", "error 500", "silent")
 
 
 class _Connection:
@@ -62,15 +64,32 @@ def answer_of(number: int) -> bytes:
     return head.encode() + body
 
 
-def serve(ports: int, delay: float) -> None:
-    """Listen on *ports* free loopback ports, tell them on standard output, answer until standard input ends."""
+def error_answer() -> bytes:
+    """What a server with a bug answers."""
+    body = b'{"error": {"code": "internal", "message": "a bug"}}'
+    return b"HTTP/1.1 500 Oops\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def serve(ports: int, delay: float, bad: int = 0, fault: str = FAULTS[0]) -> None:
+    """
+    Listen on *ports* free loopback ports, tell them on standard output, answer until standard input ends.
+
+    The first *bad* of them fail.
+    """
     selector = selectors.DefaultSelector()
     listeners = []
     for number in range(ports):
-        listener = socket.create_server(("127.0.0.1", 0), backlog=16)
-        listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ, answer_of(number))
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
         listeners.append(listener)
+        if number < bad and fault == "refusing":
+            continue  # bound, so that nobody else gets the port
+        listener.listen(16)
+        listener.setblocking(False)
+        answer = answer_of(number)
+        if number < bad:
+            answer = error_answer() if fault == "error 500" else b""
+        selector.register(listener, selectors.EVENT_READ, answer)
     selector.register(sys.stdin, selectors.EVENT_READ, None)
     print(json.dumps([listener.getsockname()[1] for listener in listeners]), flush=True)
 
@@ -121,7 +140,7 @@ def _read(
         _forget(selector, connection)
         return
     connection.asked += data
-    if connection.asked.endswith(b"\r\n\r\n"):
+    if connection.asked.endswith(b"\r\n\r\n") and connection.answer:
         connection.asked = b""
         due.append((time.monotonic() + delay, connection))
 
@@ -135,8 +154,9 @@ def _forget(selector: selectors.BaseSelector, connection: _Connection) -> None:
 class Servers:
     """The process that serves, as the benchmark sees it: ``with Servers(100, 0.02) as servers: servers.urls``."""
 
-    def __init__(self, number: int, delay: float) -> None:
-        self._command = [sys.executable, "-m", "benchmarks._server", str(number), str(delay)]
+    def __init__(self, number: int, delay: float, bad: int = 0, fault: str = FAULTS[0]) -> None:
+        more = [str(number), str(delay), "--bad", str(bad), "--fault", fault]
+        self._command = [sys.executable, "-m", "benchmarks._server", *more]
         self._process: subprocess.Popen[str] | None = None
         self.urls: list[str] = []
         #: Processor seconds that the server spent on one answer; known when it has ended.
@@ -176,8 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ports", type=int)
     parser.add_argument("delay", type=float, help="seconds before each answer")
+    parser.add_argument("--bad", type=int, default=0, help="so many of them fail")
+    parser.add_argument("--fault", choices=FAULTS, default=FAULTS[0])
     options = parser.parse_args()
-    serve(options.ports, options.delay)
+    serve(options.ports, options.delay, options.bad, options.fault)
 
 
 if __name__ == "__main__":
