@@ -99,15 +99,22 @@ class DeviceSource:
     """This machine's own cards, read without a server."""
 
     def __init__(self) -> None:
+        self._passthrough = devices.passthrough_asked_for()
         self._reader: devices.Reader | None = None
         self.description = "not read yet"
 
     def fetch(self, deadline: Deadline) -> Sample:
-        if self._reader is None:
-            self._reader = devices.open_reader()
-            self.description = self._reader.description
+        reader = self._reader
+        if reader is None:
+            reader = devices.open_reader()
+            if self._passthrough:
+                reader = devices.Passthrough(reader)
+            self._reader = reader
         left = deadline.remaining()
-        return self._reader.read(10.0 if left is None else left)
+        try:
+            return reader.read(10.0 if left is None else left)
+        finally:
+            self.description = reader.description  # it may have found out something
 
     def abort(self) -> None:
         """A driver call cannot be interrupted; its thread is a daemon and is left behind."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gpupool_sync import cuda
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError
 from gpupool_sync.models import Card, Snapshot
@@ -257,10 +258,18 @@ class _Handle:
         self._require_local(_this_command())
         return self._mask(visible)
 
+    @property
+    def _is_cpu(self) -> bool:
+        """Whether it is the CPU that stands in for a GPU (`GPU_POOL_PASSTHROUGH`)."""
+        host = self._snapshot.sample.host
+        return host is not None and host.passthrough
+
     def _mask(self, visible: str | None = None) -> dict[str, str]:
         visible = visible or os.environ.get("GPU_POOL_VISIBLE") or "uuid"
         if visible not in ("uuid", "index"):
             raise ConfigError(f"GPU_POOL_VISIBLE or visible={visible!r}: uuid or index is allowed")
+        if self._is_cpu:
+            return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "void"}
         names = [
             card.reading.uuid if visible == "uuid" and card.reading.uuid else str(card.reading.local_gpu_id)
             for card in self._all_cards
@@ -301,7 +310,7 @@ class _Handle:
         """
         self.check()
         self._require_local(_this_command())
-        return _mask.activate(self)
+        return "cpu" if self._is_cpu else _mask.activate(self)
 
     @property
     def device(self) -> str:
@@ -313,7 +322,9 @@ class _Handle:
             GPUPoolError: the present mask hides it; `activate` it first.
         """
         self._require_local(_this_command())
-        return _position(self._all_cards[0], self._names())
+        if self._is_cpu:
+            return "cpu"
+        return cuda.position(self._all_cards[0].reading, self._names())
 
     def run(self, command: Sequence[str], **kwargs: Any) -> subprocess.CompletedProcess[Any]:
         """
@@ -513,73 +524,27 @@ class GPUs(_Handle, Sequence[GPU]):
 _VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
 
-#: ``CUDA_ERROR_NOT_INITIALIZED`` of the CUDA driver API: nobody called ``cuInit`` in this process.
-_NOT_INITIALISED = 3
-
-
-def cuda_initialised() -> bool:
-    """
-    Whether CUDA is initialised in this process, so that a mask would be ignored. Imports and initialises nothing.
-
-    Asks the driver's library, if some library has loaded it: ``cuCtxGetCurrent`` (CUDA driver API) answers
-    ``CUDA_ERROR_NOT_INITIALIZED`` until ``cuInit``.  PyTorch is asked too, for platforms that do not tell what is
-    loaded.
-    """
-    torch = sys.modules.get("torch")
-    initialised = getattr(getattr(torch, "cuda", None), "is_initialized", None)
-    if callable(initialised) and initialised():
-        return True
-    try:
-        with open("/proc/self/maps") as maps:
-            if not any("libcuda.so" in line for line in maps):
-                return False
-        import ctypes
-
-        context = ctypes.c_void_p()
-        return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _NOT_INITIALISED)
-    except (OSError, AttributeError):
-        return False
-
-
-def _position(card: Card, names: str) -> str:
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    uuid, index = card.reading.uuid, card.reading.local_gpu_id
-    # Only in this order does a number mean the card that NVML calls so; by default CUDA counts the fastest first.
-    numbers_hold = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    if mask is None:
-        if numbers_hold:
-            return f"cuda:{index}"
-        raise GPUPoolError(
-            f"CUDA counts devices in an order of its own here, so the number of {names} is unknown; call activate() "
-            "before CUDA is initialised, or set CUDA_DEVICE_ORDER=PCI_BUS_ID"
-        )
-    for position, item in enumerate(part.strip() for part in mask.split(",")):
-        if item.startswith(("GPU-", "MIG-")):
-            if uuid is not None and len(item) > 4 and uuid.startswith(item):
-                return f"cuda:{position}"
-        elif not item.isascii() or not item.isdigit():
-            break  # CUDA sees nothing from the first invalid item on
-        elif numbers_hold and int(item) == index:
-            return f"cuda:{position}"
-    raise GPUPoolError(
-        f"CUDA_VISIBLE_DEVICES={mask} does not show {names} to this process; call activate() before CUDA is initialised"
-    )
-
-
 class _Mask:
     """The one mask of this process: threads that activate different leases are refused, never confused."""
 
     def __init__(self) -> None:
-        # Guards _grant and _before, and the three variables of os.environ while they are changed together.
+        # Guards all of this, and the three variables of os.environ while they are changed together.
         self._lock = threading.Lock()
         self._grant: Grant | None = None
         self._before: dict[str, str | None] = {}
+        self._said_unmasked = False
+        self._masked_to: tuple[str, ...] = ()
+        #: UUIDs that CUDA was initialised under, whose lease is over: it can see no others in this process.
+        self.bound_to: tuple[str, ...] = ()
 
     def activate(self, handle: _Handle) -> str:
         grant = handle._tie.grant
         with self._lock:
-            if cuda_initialised():
-                return _position(handle._all_cards[0], handle._names())
+            if cuda.initialised():
+                found = cuda.position(handle._all_cards[0].reading, handle._names())
+                if handle._all_cards[0].reading.uuid not in self._masked_to:
+                    self._say_unmasked(found)
+                return found
             mine = self._grant
             if mine is not None and mine is not grant and mine.pid == os.getpid():
                 if not mine.released and mine.why_lost() is None:
@@ -592,15 +557,29 @@ class _Mask:
             if self._grant is None:
                 self._before = {name: os.environ.get(name) for name in _VARIABLES}
             self._grant = grant
+            self._masked_to = tuple(card.reading.uuid for card in grant.cards if card.reading.uuid is not None)
             os.environ.update(handle.env())
         return "cuda:0"
+
+    def _say_unmasked(self, found: str) -> None:
+        if not self._said_unmasked:
+            self._said_unmasked = True
+            logger.warning(
+                "CUDA was initialised before activate(), so this process cannot be masked to its GPU: it must name it, "
+                "as %s; what names no device, or another, computes on a GPU that may be somebody else's",
+                found,
+            )
 
     def released(self, grant: Grant) -> None:
         """The lease is over: undo its mask, unless CUDA is bound to it already."""
         if self._grant is not grant:
             return
         with self._lock:
-            if self._grant is grant and not cuda_initialised():
+            if self._grant is not grant:
+                return
+            if cuda.initialised():
+                self.bound_to = self._masked_to
+            else:
                 self._restore_locked()
 
     def _restore_locked(self) -> None:
@@ -610,6 +589,7 @@ class _Mask:
             else:
                 os.environ[name] = value
         self._grant = None
+        self._masked_to = self.bound_to = ()
 
 
 _mask = _Mask()
@@ -623,3 +603,8 @@ if hasattr(os, "register_at_fork"):
 def forget_mask(grant: Grant) -> None:
     """Called by the pool when *grant* is released."""
     _mask.released(grant)
+
+
+def bound_to() -> tuple[str, ...]:
+    """UUIDs of the GPUs that CUDA is bound to in this process, though their lease is over; mostly none."""
+    return _mask.bound_to

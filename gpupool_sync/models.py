@@ -78,6 +78,8 @@ class HostIdentity:
     id: str
     name: str
     simulated: bool = False
+    #: Its "cards" are places on the CPU, as `GPU_POOL_PASSTHROUGH` asked for.
+    passthrough: bool = False
 
 
 @attrs.frozen

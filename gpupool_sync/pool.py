@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, overload
 import attrs
 
 from gpupool_sync import config
+from gpupool_sync.bystanders import Bystanders, Claimed
 from gpupool_sync.choosing import Limits, Screened, is_empty, room_mb, screen, usable
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import (
@@ -39,7 +40,7 @@ from gpupool_sync.errors import (
     NoSuchGPU,
     PoolClosed,
 )
-from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, forget_mask
+from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, bound_to, forget_mask
 from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Share, Wanted
 from gpupool_sync.leases.shared import CLOSED
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, Reason, Snapshot
@@ -363,6 +364,7 @@ class GPUPool:
         self._table = Table()
         self._waiting = WaitingRoom(self._settings.max_waiting)
         self._counters = _Counters()
+        self._bystanders = Bystanders()
         # By lease id: every claim that may be granted. Single dict operations only, which are atomic.
         self._grants: dict[str, Grant] = {}
         # Weak references to what keeps each claim's caller able to release it, and those of them that died.
@@ -839,6 +841,8 @@ class GPUPool:
             change = {snapshot.endpoint_id}
             with self._local_lock:
                 self._local_ids = self._local_ids | change if snapshot.is_local else self._local_ids - change
+        if snapshot.is_local and engine.inherited is None:
+            self._bystanders.look(snapshot.cards, partial(self._claimed, engine.store_of(snapshot.endpoint_id)))
         if not len(self._waiting):
             self._last_free.pop(snapshot.endpoint_id, None)
             return
@@ -857,6 +861,16 @@ class GPUPool:
         self._last_free[snapshot.endpoint_id] = free
         if new:
             self._waiting.wake_oldest(2 * len(new))
+
+    def _claimed(self, store: LeaseStore, key: str) -> Claimed:
+        grants = [grant for grant in list(self._grants.values()) if grant.lease is not None and not grant.released]
+        mine = [grant for grant in grants if any(card.key == key for card in grant.cards)]
+        holders = [info.holder for info in store.holders_of(key)]
+        return Claimed(
+            ours=bool(mine),
+            shared=any(grant.lease is not None and grant.lease.share is not None for grant in mine),
+            pids=frozenset(holder.pid for holder in holders if holder.host == self._holder.host),
+        )
 
     def _tidy(self) -> None:
         """What nobody waits for; on the monitor's thread, at least once a second."""
@@ -1220,6 +1234,13 @@ class GPUPool:
             self._first_reading(engine, Deadline(None) if no_wait else deadline)
         if not self._warned_of_scope:
             self._warn_of_scope(engine)
+        if self._reads_devices and self._stands_in():
+            # Whatever was asked for, this machine has nothing but its CPU, and the user said that it will do.
+            request = GPURequest(count=request.count)
+        bound = bound_to()
+        if bound and self._local_ids and request.local is not False and not request.uuid:
+            # CUDA of this process will never see another card: one that it cannot use is of no use to it.
+            request = attrs.evolve(request, uuid=bound)
         self._counters.add("requests")
         seen = self._look(engine, request)
         claims = self._claim_free(engine, grant, request, seen)
@@ -1235,6 +1256,12 @@ class GPUPool:
         grant.begun_at = time.monotonic()
         assert grant.snapshot is not None
         self._counters.granted(grant.snapshot.endpoint_id, grant.begun_at - grant.asked_at, claims, queued)
+
+    def _stands_in(self) -> bool:
+        """Whether this machine's "cards" are places on its CPU (`GPU_POOL_PASSTHROUGH`)."""
+        snapshots, _ = self._table.view()
+        hosts = (snapshot.sample.host for snapshot in snapshots.values())
+        return any(host is not None and host.passthrough for host in hosts)
 
     def _wait_for(self, engine: _Engine, grant: Grant, request: GPURequest, deadline: Deadline) -> int:
         """Wait with a ticket until granted; returns how many claims that took."""
@@ -1290,7 +1317,9 @@ class GPUPool:
         # The caller, who stops waiting with this, is not one of those who wait.
         explanation = attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
         lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
-        error = AcquireTimeout(f"{explanation.request}: none could be had within {waited:.1f} s:\n{lines}")
+        error = AcquireTimeout(
+            f"{explanation.request}: none could be had within {waited:.1f} s:\n{lines}{_why_bound(request)}"
+        )
         error.explanation = explanation
         return error
 
@@ -1318,7 +1347,8 @@ class GPUPool:
         )
         if engine.inherited is not None:
             where = f"\n  {engine.inherited.advice()}"
-        raise NoSuchGPU(f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}".rstrip())
+        text = f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}{_why_bound(request)}"
+        raise NoSuchGPU(text.rstrip())
 
     # -- looking and claiming ----------------------------------------------------------------------------------
 
@@ -2086,6 +2116,15 @@ def _request(
         memory_mb=memory_mb,
         max_holders=max_holders,
         busy_ok=busy_ok,
+    )
+
+
+def _why_bound(request: GPURequest) -> str:
+    if not request.uuid or request.uuid != bound_to():
+        return ""
+    return (
+        "\n  CUDA is initialised in this process and bound to the GPU that it had before, so only that one was asked "
+        "for; a process for each GPU is free of that: pool.executor(), or multiprocessing.Pool(maxtasksperchild=1)"
     )
 
 

@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from cards import Cards, local_pool
-from gpupool_sync import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError, handle
+from gpupool_sync import AcquireTimeout, ConfigError, GPUPoolError, LeaseLost, NoSuchGPU, RemoteGPUError, cuda, handle
 from gpupool_sync.models import HostIdentity
 from helpers import eventually
 
@@ -208,3 +208,86 @@ def test_a_forgotten_with_is_explained(pool):
     assert "with pool.gpu() as gpu" in repr(context)
     with pytest.raises(AttributeError, match=r"use `with pool\.gpu"):
         _ = context.uuid
+
+
+class Driver:
+    """The CUDA driver's library, initialised, with devices in an order of its own."""
+
+    def __init__(self, *uuids):
+        self.uuids = uuids
+        self.initialised = True
+
+    def cuCtxGetCurrent(self, context):
+        return 0 if self.initialised else 3
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.uuids)
+        return 0
+
+    def cuDeviceGet(self, device, number):
+        device._obj.value = number + 100  # a handle, not the number
+        return 0
+
+    def cuDeviceGetUuid_v2(self, uuid, device):
+        uuid._obj[:] = bytes.fromhex(self.uuids[device.value - 100].split("-", 1)[1].replace("-", ""))
+        return 0
+
+
+FIRST = "GPU-01234567-89ab-cdef-0123-456789abcdef"
+SECOND = "GPU-fedcba98-7654-3210-fedc-ba9876543210"
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver(SECOND, FIRST)
+    monkeypatch.setattr(cuda, "_driver", lambda: made)
+    return made
+
+
+@pytest.fixture
+def two_cards(monkeypatch):
+    cards = Cards(2)
+    for index, uuid in enumerate((FIRST, SECOND)):
+        cards.set(index, uuid=uuid)
+    with local_pool(monkeypatch, cards) as pool:
+        yield pool
+
+
+def test_initialised_cuda_says_itself_which_device_it_is(two_cards, driver, monkeypatch, caplog):
+    """By UUID, whatever the variables say now; once it is said that nothing is masked."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", FIRST)  # too late: CUDA has been initialised before
+    with two_cards.gpu(uuid=FIRST) as one, two_cards.gpu(uuid=SECOND) as two:
+        assert (one.activate(), two.activate(), one.device, two.device) == ("cuda:1", "cuda:0", "cuda:1", "cuda:0")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == FIRST
+        driver.uuids = (SECOND,)
+        with pytest.raises(GPUPoolError, match=r"initialised in this process without .* among its 1 devices"):
+            one.activate()
+    assert [record.levelname for record in caplog.records if "cannot be masked" in record.getMessage()] == ["WARNING"]
+
+
+def test_a_process_that_cuda_has_bound_asks_for_its_gpu_again(two_cards, driver, caplog):
+    """Another one would be of no use to it; if it cannot have it, the error says what to do."""
+    driver.initialised = False
+    with two_cards.gpu(uuid=SECOND) as gpu:
+        assert gpu.activate() == "cuda:0"
+        driver.initialised, driver.uuids = True, (SECOND,)
+    for _ in range(5):
+        with two_cards.gpu(timeout=10) as again:
+            assert again.uuid == SECOND
+            assert again.activate() == "cuda:0"
+    assert not [record for record in caplog.records if "cannot be masked" in record.getMessage()]
+    with two_cards.gpu(uuid=SECOND), pytest.raises(AcquireTimeout, match="maxtasksperchild=1"):
+        two_cards.acquire(timeout=0)
+    with two_cards.gpu(uuid=FIRST, timeout=10) as other:
+        assert other.uuid == FIRST, "what is asked for by name is the caller's business"
+    with pytest.raises(NoSuchGPU, match="bound to the GPU"):
+        two_cards.acquire(count=2, timeout=10)
+
+
+def test_a_driver_that_does_not_tell_uuids_leaves_the_variables(two_cards, monkeypatch):
+    """An old one: then the mask of the environment counts."""
+    old = types.SimpleNamespace(cuCtxGetCurrent=lambda context: 0)
+    monkeypatch.setattr(cuda, "_driver", lambda: old)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{SECOND},{FIRST}")
+    with two_cards.gpu(uuid=FIRST) as gpu:
+        assert gpu.activate() == "cuda:1"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gpupool_sync.models import Snapshot
 
 #: Variables that are ours and no pool's setting.
-OTHER_VARIABLES = {"GPU_POOL_VISIBLE", "GPU_POOL_LOCK_DIR"}
+OTHER_VARIABLES = {"GPU_POOL_VISIBLE", "GPU_POOL_LOCK_DIR", "GPU_POOL_PASSTHROUGH", "GPU_POOL_INHERITED"}
 #: Servers that are asked at the same time.
 AT_ONCE = 32
 #: UUIDs that a finding names; the rest is counted.

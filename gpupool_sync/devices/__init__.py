@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from gpupool_sync.devices.base import DeviceError, NoReader, Reader
 from gpupool_sync.devices.host import host_identity
+from gpupool_sync.devices.passthrough import Passthrough
+from gpupool_sync.devices.passthrough import asked_for as passthrough_asked_for
 
-__all__ = ["DeviceError", "NoReader", "Reader", "host_identity", "open_reader"]
+__all__ = ["DeviceError", "NoReader", "Passthrough", "Reader", "host_identity", "open_reader", "passthrough_asked_for"]
 
 
 def open_reader() -> Reader:
