@@ -83,4 +83,4 @@ class BadAnswer(GPUPoolError):
 
 
 class ExclusivityWarning(UserWarning):
-    """A card of another machine is guarded among fewer than everybody who can reach it."""
+    """A card is guarded among fewer than everybody who can reach it: of another machine, or from within a container."""

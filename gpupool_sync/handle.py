@@ -205,7 +205,7 @@ class _Handle:
 
     @property
     def scope(self) -> str:
-        """Among whom the lease excludes: "process", "host" or "everybody"."""
+        """Among whom the lease excludes: "process", "container", "host" or "everybody"."""
         store = self._tie.grant.store
         return store.scope if store is not None else "process"
 

@@ -88,6 +88,8 @@ class LeaseOffer:
 
     version: int
     lock_dir: str | None = None
+    #: Which directory that is, whatever its path: in a container the same path mostly leads to another one.
+    lock_dir_id: str | None = None
 
 
 @attrs.frozen

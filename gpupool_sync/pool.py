@@ -43,7 +43,7 @@ from gpupool_sync.errors import (
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, bound_to, forget_mask
 from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Share, Wanted
 from gpupool_sync.leases.shared import CLOSED
-from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, Reason, Snapshot
+from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, LeaseOffer, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
 from gpupool_sync.waiting import Waiter, WaitingRoom, listener
@@ -554,14 +554,14 @@ class GPUPool:
         Let a server of ours arbitrate its own cards, unless the user chose an arbiter for everything.
 
         This machine's own cards stay with the kernel locks that its server uses too, if it is the same directory: a
-        process in a container cannot see that one, and asks the server.
+        process in a container mostly sees another one by that path, and asks the server.
         """
         offer = snapshot.sample.leases
         if offer is None or snapshot.endpoint_id in engine.servers or self._settings.lease_store is not None:
             return
         if engine.inherited is not None:
             return
-        if snapshot.is_local and engine.arbiter.description == f"host:{offer.lock_dir}":
+        if snapshot.is_local and _has_locks_of(engine.arbiter, offer):
             return
         with self._lifecycle, _opening:
             mine = next((each for each in self._endpoint_configs if each.id == snapshot.endpoint_id), None)
@@ -581,6 +581,19 @@ class GPUPool:
         snapshots, _ = self._table.view()
         if self._settings.lease_store is not None or self._warned_of_scope:
             return
+        private = getattr(engine.arbiter, "private", None)
+        if private is not None and not os.environ.get("GPU_POOL_LOCK_DIR"):
+            mine = [each for each in snapshots.values() if each.is_local and each.endpoint_id not in engine.servers]
+            if mine:
+                self._warned_of_scope = True
+                warnings.warn(
+                    f"leases on {mine[0].endpoint_id} exclude only who sees the same lock directory: {private}; mount "
+                    "the host's there if others use these GPUs; GPU_POOL_LOCK_DIR or lease_store='host:' says that "
+                    "this is meant",
+                    ExclusivityWarning,
+                    stacklevel=_user_stacklevel(),
+                )
+                return
         narrow = [
             each.id
             for each in self._endpoint_configs
@@ -2184,6 +2197,14 @@ def _shareable(store: LeaseStore, card: Card, request: GPURequest) -> bool:
 def _others(seen: _Seen) -> list[Card]:
     free = {card.key for card in seen.free}
     return [card for card in seen.wanted if card.key not in free]
+
+
+def _has_locks_of(store: LeaseStore, offer: LeaseOffer) -> bool:
+    """Whether *store* and a server of this machine use the same locks."""
+    mine = getattr(store, "directory_id", None)
+    if mine is not None and offer.lock_dir_id is not None:
+        return bool(mine == offer.lock_dir_id)
+    return store.description == f"host:{offer.lock_dir}" and getattr(store, "private", None) is None
 
 
 def _held_by(store: LeaseStore, card: Card) -> Reason:

@@ -450,7 +450,12 @@ def _read_leases(raw: object) -> LeaseOffer | None:
         or not lock_dir.isprintable()
     ):
         raise _Unusable(f"the lock_dir of leases is {_quote(lock_dir)} instead of an absolute path")
-    return LeaseOffer(version, lock_dir)
+    directory = raw.get("lock_dir_id")
+    if directory is not None and (
+        not isinstance(directory, str) or not 0 < len(directory) <= 100 or not directory.isprintable()
+    ):
+        raise _Unusable(f"the lock_dir_id of leases is {_quote(directory)} instead of a short text")
+    return LeaseOffer(version, lock_dir, directory)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -737,7 +737,8 @@ def test_a_server_tells_whether_it_grants_leases(stores):
     """Its summary offers them with its lock directory; a statistics server offers none and grants none."""
     with FakeFleet([1]) as fleet, FakeFleet([1], leases=False) as plain:
         offer = ask(fleet[0].url, "GET", "/gpu/summary")[2]["leases"]
-        assert offer == {"version": 1, "lock_dir": fleet[0].lock_dir}
+        with local(fleet[0].lock_dir) as here:
+            assert offer == {"version": 1, "lock_dir": fleet[0].lock_dir, "lock_dir_id": here.directory_id}
         assert ask(plain[0].url, "GET", "/gpu/summary")[2]["leases"] is None
         assert plain[0].lock_dir is None
         with pytest.raises(LeaseStoreError, match="grants no leases"):

@@ -428,6 +428,9 @@ def test_the_lease_offer_is_read():
     """A server that grants leases says so, with the directory of its locks."""
     assert parse_gpus(leases={"version": 2, "lock_dir": "/var/lock/x", "new": 1}).leases == LeaseOffer(2, "/var/lock/x")
     assert parse_gpus(leases={"version": 1}).leases == LeaseOffer(1, None)
+    assert parse_gpus(leases={"version": 1, "lock_dir": "/x", "lock_dir_id": "1:2"}).leases == LeaseOffer(
+        1, "/x", "1:2"
+    )
     assert parse_gpus(leases=None).leases is None
 
 
@@ -443,6 +446,9 @@ def test_the_lease_offer_is_read():
         {"version": 1, "lock_dir": 5},
         {"version": 1, "lock_dir": "here"},
         {"version": 1, "lock_dir": "/a\nb"},
+        {"version": 1, "lock_dir_id": 5},
+        {"version": 1, "lock_dir_id": ""},
+        {"version": 1, "lock_dir_id": "a" * 101},
     ],
 )
 def test_a_doubtful_lease_offer_is_refused(leases):
@@ -579,7 +585,7 @@ def test_the_summary_has_the_predecessors_fields_first():
     assert document["timestamp"] == "now"
     assert document["protocol"] == wire.PROTOCOL_VERSION
     assert document["host"] == {"id": "boot", "name": "server1", "simulated": False}
-    assert document["leases"] == {"version": 1, "lock_dir": "/var/lock/gpupool_sync"}
+    assert document["leases"] == {"version": 1, "lock_dir": "/var/lock/gpupool_sync", "lock_dir_id": None}
     assert document["gpus_summary"][0] == {
         "gpu_id": 0,
         "name": "A100",

@@ -30,6 +30,7 @@ PIPE_WIDTH = 240
 #: What an arbiter's scope means to a reader.
 SCOPES = {
     "process": "among the threads of one process",
+    "container": "among the processes and users of this container (or whatever else sees the same lock directory)",
     "host": "among all processes and users of this machine",
     "everybody": "among everybody who can reach the GPU",
 }

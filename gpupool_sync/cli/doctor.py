@@ -245,6 +245,8 @@ def _arbiters(settings: Settings, findings: list[Finding]) -> dict[str, tuple[st
                 "run the jobs as threads of one process, or see to it that two programs do not use the same servers",
             )
         )
+    if any(scope == "container" for _, scope in found.values()):
+        findings.append(_private_locks(settings))
     remote = [each.id for each in settings.endpoints if not each.is_loopback and each.local is not True]
     if remote and any(scope == "host" for _, scope in found.values()):
         findings.append(
@@ -257,6 +259,20 @@ def _arbiters(settings: Settings, findings: list[Finding]) -> dict[str, tuple[st
             )
         )
     return found
+
+
+def _private_locks(settings: Settings) -> Finding:
+    from gpupool_sync.leases.host import host_store
+
+    asked = settings.lease_store if isinstance(settings.lease_store, str) else ""
+    store = host_store(asked.partition(":")[2] or None)
+    return Finding(
+        "warning",
+        "this machine",
+        f"leases hold {SCOPES['container']}: {store.private}",
+        f"mount the host's lock directory (docker run -v {store.path}:{store.path}), or use the host's "
+        "`gpupool-sync serve` as endpoint; nothing, if nobody else can use these GPUs",
+    )
 
 
 def _report(endpoint: PolledEndpoint, look: _Look, arbiter: str | None, scope: str | None) -> EndpointReport:

@@ -66,6 +66,11 @@ from gpupool_sync.cli._common import json_option, print_json
     "[default: GPU_POOL_LOCK_DIR, or the system's lock directory; a private one with --simulate]",
 )
 @click.option("--no-leases", is_flag=True, help="Serve statistics only; grant no leases to other machines.")
+@click.option(
+    "--container-ok",
+    is_flag=True,
+    help="Grant leases although only this container sees the locks: nobody outside uses its GPUs without asking here.",
+)
 @json_option
 @click.pass_context
 def serve(
@@ -82,6 +87,7 @@ def serve(
     name: str | None,
     lock_dir: str | None,
     no_leases: bool,
+    container_ok: bool,
     as_json: bool,
 ) -> None:
     """
@@ -100,7 +106,13 @@ def serve(
     from gpupool_sync.server import run
 
     options = run.Options.resolve(
-        host=host, port=port, interval=interval, log_level=log_level, leases=not no_leases, lock_dir=lock_dir
+        host=host,
+        port=port,
+        interval=interval,
+        log_level=log_level,
+        leases=not no_leases,
+        lock_dir=lock_dir,
+        container_ok=container_ok,
     )
     reader: devices.Reader
     if simulate is None:

@@ -13,7 +13,7 @@ import attrs
 
 from gpupool_sync.models import Reason
 
-Scope = Literal["process", "host", "everybody"]
+Scope = Literal["process", "container", "host", "everybody"]
 
 #: Seconds that a card stays closed after a whole-card lease that its holder did not give back (it expired, or was
 #: revoked), unless a reading shows it empty before: what is left of that holder may still compute on it.
@@ -162,7 +162,7 @@ class LeaseStore(Protocol):
     the caller is concerned, and repeating the call with the same id finds out.
     """
 
-    #: Among whom this arbiter excludes: this process, this host, or everybody who can reach the card.
+    #: Among whom this arbiter excludes: this process, this container, this host, or everybody who can reach the card.
     scope: Scope
     #: For people: "memory", "host:/var/lock/gpupool_sync", "server http://…", "redis://…".
     description: str

@@ -26,6 +26,7 @@ import socket
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -47,6 +48,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
+from gpupool_sync.leases.mounts import mount_of, why_private
 from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open
 from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
@@ -154,19 +156,53 @@ class _Directory:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self._make(path, None)
-            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as exc:
-            raise LeaseStoreError(_unusable(path, exc)) from exc
-        self._owner = _Descriptor(self.fd)
+        self._owner = self._open(path, None)
+        self.fd = self._owner.fd
         self._check()
+        self._queue_owner = self._open(_QUEUE, self.fd)
+        self.queue_fd = self._queue_owner.fd
+
+    def _open(self, name: str, dir_fd: int | None) -> _Descriptor:
+        left = 20
+        while True:
+            try:
+                self._make(name, dir_fd)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                return _Descriptor(os.open(name, flags, dir_fd=dir_fd))
+            except OSError as exc:
+                left -= 1
+                if not isinstance(exc, PermissionError) or not left:
+                    raise LeaseStoreError(_unusable(self.path, exc)) from exc
+            time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
+
+    @property
+    def id(self) -> str:
+        """Of the directory itself, the same by whatever path and in whatever container it is seen, until a reboot."""
+        found = os.fstat(self.fd)
+        return f"{found.st_dev}:{found.st_ino}"
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to it: in a deleted directory, or one that was moved away, we are alone."""
         try:
-            self._make(_QUEUE, self.fd)
-            self.queue_fd = os.open(_QUEUE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        except OSError as exc:
-            raise LeaseStoreError(_unusable(path, exc)) from exc
-        self._queue_owner = _Descriptor(self.queue_fd)
+            return self._is_at(self.fd, self.path, None)
+        except OSError:
+            return True  # not known; what is done with the descriptor says what is wrong
+
+    def is_whole(self) -> bool:
+        """Whether it is there, with its queue."""
+        try:
+            return self.is_there() and self._is_at(self.queue_fd, _QUEUE, self.fd)
+        except OSError:
+            return True
+
+    @staticmethod
+    def _is_at(fd: int, name: str, dir_fd: int | None) -> bool:
+        mine = os.fstat(fd)
+        try:
+            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     @staticmethod
     def _make(name: str, dir_fd: int | None) -> None:
@@ -186,7 +222,7 @@ class _Directory:
                 f"the lock directory {self.path} is not safe: everybody may delete the locks of everybody; "
                 f"chmod +t {self.path}"
             )
-        kind = _file_system(found.st_dev)
+        kind = _file_system(self.fd)
         if kind in NETWORK_FILE_SYSTEMS:
             raise LeaseStoreError(
                 f"the lock directory {self.path} is on a network file system ({kind}), whose locks may not hold; "
@@ -228,12 +264,7 @@ class _Directory:
 
     def is_current(self, file: _Descriptor, name: str, dir_fd: int) -> bool:
         """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
-        mine = os.fstat(file.fd)
-        try:
-            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        return self._is_at(file.fd, name, dir_fd)
 
 
 def _regular(file: _Descriptor, name: str) -> _Descriptor:
@@ -242,14 +273,9 @@ def _regular(file: _Descriptor, name: str) -> _Descriptor:
     return file
 
 
-def _file_system(device: int) -> str | None:
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
-        for line in file:
-            fields = line.split()
-            if len(fields) > 2 and fields[2] == wanted and "-" in fields:
-                return fields[fields.index("-") + 1]
-    return None
+def _file_system(fd: int) -> str | None:
+    mount = mount_of(fd)
+    return None if mount is None else mount.kind
 
 
 def _unusable(path: str, exc: OSError) -> str:
@@ -318,7 +344,7 @@ class HostStore:
         LeaseStoreError: the directory cannot be used; the message says why and what to do.
     """
 
-    scope: Scope = "host"
+    scope: Scope
     needs_listener = True
 
     def __init__(self, directory: str | None = None, *, clock: Callable[[], float] = boottime) -> None:
@@ -326,6 +352,12 @@ class HostStore:
         self._path = directory or default_directory()
         self.description = f"host:{self._path}"
         self._directory = _Directory(self._path)
+        #: Directories that were deleted under us. Some thread may still use their descriptors, whose numbers must not
+        #: come to mean something else in the middle of that.
+        self._former: deque[_Directory] = deque(maxlen=16)
+        #: Why only a part of this machine sees the directory, such as a container; None: all of it does.
+        self.private = why_private(self._directory.fd, self._path)
+        self.scope = "host" if self.private is None else "container"
         self._boot = boot_id()
         self._user = _user_name()
         self._fresh_state()
@@ -358,6 +390,7 @@ class HostStore:
             raise LeaseStoreError(_unusable(self._path, exc)) from exc
 
     def _claim(self, claim: Claim) -> Outcome:
+        self._renew_directory()
         with self._lock:
             held = self._held.get(claim.id)
             if held is not None:
@@ -366,6 +399,8 @@ class HostStore:
                     raise LeaseStoreError(f"{self.description}: this lease id is in use with another request")
                 if (by := _revoked_by(held)) is not None:
                     raise LeaseLost(f"this lease was revoked by {by}")
+                if (why := self._missing(held)) is not None:
+                    raise LeaseLost(f"this lease is gone: {why}")
                 return Granted(lease)
             if claim.id in self._gone:
                 raise LeaseLost("this lease was released or withdrawn before")
@@ -388,6 +423,33 @@ class HostStore:
             self._drop_ticket(claim.id)
         self._pass_on()
         return Granted(granted.lease)
+
+    def _renew_directory(self) -> None:
+        """
+        If the directory was deleted or replaced, go on in the one that is there now, which is made if need be.
+
+        Leases that are held in the former are not taken over: others may have the cards by now. `why_gone` says so.
+        """
+        former = self._directory
+        if former.is_whole():
+            return
+        fresh = _Directory(self._path)
+        with self._lock:
+            if self._directory is not former:
+                return  # another thread was here
+            self._former.append(former)
+            self._directory = fresh
+            sock, self._socket = self._socket, None
+            self._has_socket.clear()
+            # Whoever waits claims again within a second, and then leaves its ticket here. The files of the former ones
+            # are not closed: a thread may be writing to one.
+            self._tickets = {}
+            self._ticket_ids = {}
+            self._listing = (float("-inf"), frozenset())
+            self._records.clear()
+            self._checked.clear()
+        if sock is not None:
+            sock.close()
 
     def _enter(self, claim: Claim, granted: _Held) -> None:
         with self._lock:
@@ -473,12 +535,23 @@ class HostStore:
         if len(order) < claim.count:
             return None
         files: list[_Descriptor] = []
+        try:
+            return self._lock_into(files, claim, order)
+        except BaseException:
+            # Or they stay locked for as long as somebody keeps the exception, whose traceback has our frames.
+            for file in files:
+                file.unlock()
+            raise
+
+    def _lock_into(self, files: list[_Descriptor], claim: Claim, order: Sequence[Wanted]) -> _Held | None:
         names: list[str] = []
         keys: list[str] = []
         records: list[dict[str, Any] | None] = []
         for wanted in order:
             if len(keys) == claim.count:
                 break
+            if wanted.key in self._mine and self._is_ours(wanted.key, claim.share):
+                continue
             locked = (
                 self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim)
             )
@@ -514,6 +587,18 @@ class HostStore:
         for file, name in zip(files, names, strict=True):
             self._write(file, self._record_of(lease, name, released_at=None))
         return held
+
+    def _is_ours(self, key: str, share: Share | None) -> bool:
+        """
+        Whether a lease of this process keeps *share* (None: all) of the card from being granted.
+
+        The kernel says so too, unless somebody has deleted the lock's file: here at least nobody gets a card twice.
+        """
+        with self._lock:
+            held = self._held.get(self._mine.get(key, ""))
+        if held is None:
+            return False
+        return share is None or held.lease.share is None or self._missing(held) is not None
 
     def _lock_card(self, key: str) -> list[tuple[_Descriptor, str]] | None:
         name = _file_name(key)
@@ -552,11 +637,15 @@ class HostStore:
             ):
                 card.unlock()
                 return None
-            file, _ = self._directory.open_shared_file(own, self._directory.fd)
-            if not _take(file, fcntl.LOCK_EX):
-                card.unlock()
-                return None
-            self._write(file, {"share": {"memory_mb": share.memory_mb, "places": share.places}})
+            try:
+                file, _ = self._directory.open_shared_file(own, self._directory.fd)
+                if not _take(file, fcntl.LOCK_EX):
+                    card.unlock()
+                    return None
+                self._write(file, {"share": {"memory_mb": share.memory_mb, "places": share.places}})
+            except BaseException:
+                card.unlock()  # as in `_lock_some`
+                raise
             return [(card, name), (file, own)]
         finally:
             guard.unlock()
@@ -772,8 +861,9 @@ class HostStore:
 
     def _free(self, held: _Held, *, given_back: bool = True) -> None:
         now = self._clock()
-        # Who lets go because the lease was revoked may have left something on the card.
-        given_back = given_back and _revoked_by(held) is None
+        # Who lets go because the lease was revoked, or is void, may have left something on the card.
+        missing = self._missing(held) is not None
+        given_back = given_back and not missing and _revoked_by(held) is None
         with held.guard:
             for file, name in zip(held.files, held.names, strict=True):
                 if file.fd < 0:
@@ -795,7 +885,23 @@ class HostStore:
         for key in held.lease.cards:
             if held.lease.share is not None:
                 self._note_last_share(key, held.lease, now)
+            elif missing:
+                self._close_anew(key, held.lease, now)
             self._records.pop(key, None)
+
+    def _close_anew(self, key: str, lease: Lease, now: float) -> None:
+        """Close the card in a new file, as nobody reads the deleted one; unless somebody has held it meanwhile."""
+        with contextlib.suppress(OSError, LeaseStoreError):
+            self._renew_directory()
+            locked = self._lock_card(key)
+            if locked is not None:
+                file, name = locked[0]
+                try:
+                    if _read(file) is None:
+                        ended = {"released_at": lease.granted_at, "closed_at": now}
+                        self._write(file, self._record_of(lease, name, released_at=now) | ended)
+                finally:
+                    file.unlock()
 
     def _note_last_share(self, key: str, lease: Lease, now: float) -> None:
         """Write the release of the last share: whoever gets the whole lock finds nobody on the card."""
@@ -839,9 +945,23 @@ class HostStore:
 
     def why_gone(self, lease_id: str) -> str | None:
         held = self._held.get(lease_id)
-        if held is None or (by := _revoked_by(held)) is None:
+        if held is None:
             return None
-        return f"it was revoked by {by}"
+        if (by := _revoked_by(held)) is not None:
+            return f"it was revoked by {by}"
+        return self._missing(held)
+
+    def _missing(self, held: _Held) -> str | None:
+        """What the lease hangs on that is not there any more: who claims the card now, locks another file."""
+        directory = self._directory
+        if not directory.is_there():
+            return f"the lock directory {self._path} was deleted or replaced"
+        # What cannot be looked at is not said to be gone.
+        with held.guard, contextlib.suppress(OSError):
+            for file, name in zip(held.files, held.names, strict=True):
+                if file.fd >= 0 and not directory.is_current(file, name, directory.fd):
+                    return f"its lock file {self._path}/{name} was deleted or replaced"
+        return None
 
     def closed(self) -> Collection[str]:
         if not self._closed:
@@ -887,6 +1007,11 @@ class HostStore:
     def path(self) -> str:
         """Of the lock directory."""
         return self._path
+
+    @property
+    def directory_id(self) -> str:
+        """Of the lock directory itself: two processes of one machine exclude each other if theirs are the same."""
+        return self._directory.id
 
     def drop_ticket(self, claim_id: str) -> None:
         """Leave the queue without ending the id: a later claim of it is served."""
@@ -1227,6 +1352,7 @@ class HostStore:
             return tuple(file.fd for file in held.files if file.fd >= 0)
 
     def leases(self) -> Sequence[LeaseInfo]:
+        self._renew_directory()
         found: list[LeaseInfo] = []
         for name in sorted(self._names()):
             if not name.startswith("gpu-") or ".guard" in name:
@@ -1256,6 +1382,7 @@ class HostStore:
 
     def queue(self) -> Sequence[TicketInfo]:
         try:
+            self._renew_directory()
             return self._load_queue(None).infos(self._clock())
         except OSError as exc:
             raise LeaseStoreError(_unusable(self._path, exc)) from exc

@@ -561,7 +561,7 @@ class LeaseAPI:
     def __init__(self, granter: Granter, *, lock_dir: str | None = None, stopping: Callable[[], bool] | None = None):
         self.granter = granter
         #: What the summary tells of this API.
-        self.offer = LeaseOffer(1, lock_dir)
+        self.offer = LeaseOffer(1, lock_dir, granter.store.directory_id)
         #: Whether the server is about to end; long polls then end too.
         self.stopping: Callable[[], bool] = stopping or (lambda: False)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="gpupool-leases")
@@ -832,14 +832,23 @@ def open_leases(
     port: int,
     own: Callable[[str], bool],
     on_held: Callable[[frozenset[str]], object] | None = None,
+    private_ok: bool = True,
 ) -> LeaseAPI:
     """
     The lease API of a server on *port*, with the locks in *lock_dir* (None: the directory that this host shares).
+
+    With *private_ok* false a directory will not do that only a part of this host sees, such as a container.
 
     Raises:
         LeaseStoreError: the directory cannot be used, or another server remembers its leases there.
     """
     store = HostStore(lock_dir)
+    if store.private is not None and not private_ok:
+        store.close()
+        raise LeaseStoreError(
+            f"{store.private}: processes outside would not see the leases. Mount the host's lock directory there, "
+            "or say --container-ok if nobody else uses these GPUs without asking this server"
+        )
     # A server per user and port: each remembers its own leases.
     name = f"server-{os.geteuid()}-{port}.state"
     granter = Granter(store, own=own, state_path=os.path.join(store.path, name), on_held=on_held)

@@ -54,6 +54,7 @@ class Options:
     log_level: str = "info"
     leases: bool = True  # whether to grant leases on the cards
     lock_dir: str | None = None  # where the locks are; None: where this host's processes have theirs
+    container_ok: bool = False  # whether to grant leases although only this container sees the locks
 
     @classmethod
     def resolve(
@@ -65,6 +66,7 @@ class Options:
         log_level: str | None = None,
         leases: bool = True,
         lock_dir: str | None = None,
+        container_ok: bool = False,
         environ: Mapping[str, str] | None = None,
     ) -> Options:
         """
@@ -97,6 +99,7 @@ class Options:
             log_level=_log_level(*picked_level) if picked_level else default.log_level,
             leases=leases,
             lock_dir=_lock_dir(lock_dir, leases),
+            container_ok=container_ok,
         )
 
 
@@ -203,9 +206,11 @@ def make_front(sampler: Sampler, config: Mapping[str, Any], leases: LeaseAPI | N
     return Front(pages, rest, leases)
 
 
-def make_leases(sampler: Sampler, lock_dir: str | None, port: int) -> LeaseAPI:
+def make_leases(sampler: Sampler, lock_dir: str | None, port: int, *, container_ok: bool = False) -> LeaseAPI:
     """
     The lease API for the cards that *sampler* reads, which must not have been started yet.
+
+    For cards that do not exist (simulated ones), and with *container_ok*, it does not matter who sees the locks.
 
     Raises:
         GPUPoolError: the locks cannot be used.
@@ -214,7 +219,9 @@ def make_leases(sampler: Sampler, lock_dir: str | None, port: int) -> LeaseAPI:
 
     reader = sampler.reader
     on_held = reader.set_leased if isinstance(reader, SimulatedReader) else None
-    leases = open_leases(lock_dir, port=port, own=sampler.owns, on_held=on_held)
+    leases = open_leases(
+        lock_dir, port=port, own=sampler.owns, on_held=on_held, private_ok=container_ok or on_held is not None
+    )
     sampler.offer = leases.offer
     return leases
 
@@ -315,7 +322,7 @@ def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextl
             tempfile.TemporaryDirectory(prefix="gpupool-simulated-", ignore_cleanup_errors=True)
         )
     try:
-        return make_leases(sampler, lock_dir, port)
+        return make_leases(sampler, lock_dir, port, container_ok=options.container_ok)
     except GPUPoolError as exc:
         if options.lock_dir is not None:
             raise
