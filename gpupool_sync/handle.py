@@ -79,6 +79,7 @@ class Grant:
         "owner",
         "pid",
         "place",
+        "problems",
         "released",
         "snapshot",
         "store",
@@ -93,6 +94,7 @@ class Grant:
         self.lease: Lease | None = None
         self.store: LeaseStore | None = None
         self.asked: list[LeaseStore] = []  # arbiters that have heard the id
+        self.problems: dict[int, str] = {}  # by id of the arbiter: why it could not be asked last time
         self.cards: tuple[Card, ...] = ()
         self.snapshot: Snapshot | None = None
         self.delivered = False  # the caller has the handle

@@ -200,7 +200,8 @@ class Bequest:
 def _local_directory() -> str:
     """Where temporary files are, unless other machines see them too: locks may not hold there."""
     path = tempfile.gettempdir()
-    return "/tmp" if _file_system(os.stat(path).st_dev) in NETWORK_FILE_SYSTEMS else path  # noqa: S108 - mkdtemp
+    looked_at = _Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    return "/tmp" if _file_system(looked_at.fd) in NETWORK_FILE_SYSTEMS else path  # noqa: S108 - mkdtemp
 
 
 def _sweep(parent: str) -> None:

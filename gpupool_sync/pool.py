@@ -1329,7 +1329,8 @@ class GPUPool:
         explanation = self._explain(request)
         # The caller, who stops waiting with this, is not one of those who wait.
         explanation = attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
-        lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
+        # An arbiter that cannot be used is not among the cards' reasons: they may well be free.
+        lines = "\n".join("  " + line for line in [*grant.problems.values(), *explanation.lines(EXPLAINED_CARDS)])
         error = AcquireTimeout(
             f"{explanation.request}: none could be had within {waited:.1f} s:\n{lines}{_why_bound(request)}"
         )
@@ -1542,10 +1543,12 @@ class GPUPool:
             # Fail closed: an arbiter that cannot be asked grants nothing. The others still may.
             self._counters.add("store_errors")
             logger.warning("no lease from %s: %s", store.description, exc)
+            grant.problems[id(store)] = f"no lease from {store.description}: {exc}"
             return False
         except LeaseLost:
             # Only release_all() or close() can have released an id that no caller has yet.
             raise PoolClosed("the pool's leases were all released while this call waited") from None
+        grant.problems.pop(id(store), None)
         if not isinstance(outcome, Granted):
             self._look_whether_empty(store, offers)
             return False

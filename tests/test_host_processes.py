@@ -29,9 +29,9 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reas
 class Worker:
     """A `host_worker.py` process."""
 
-    def __init__(self, directory, cards, name, user=None, python=sys.executable) -> None:
+    def __init__(self, directory, cards, name, user=None, python=sys.executable, prefix=()) -> None:
         self.process = subprocess.Popen(
-            [python, "-W", "error", str(HERE / "host_worker.py"), str(cards), name],
+            [*prefix, python, "-W", "error", str(HERE / "host_worker.py"), str(cards), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -240,16 +240,45 @@ def test_leases_tell_who_holds_what(workers):
     assert one.ask("leases")["leases"] == [[["GPU-00000000"], "one"]]
 
 
-@pytest.mark.root_only
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become other users")
-def test_three_users_share_the_machine(workers, directory, tmp_path):
-    """Whoever comes first makes the files; users without privileges exclude and serve one another all the same."""
+def as_root(test):
+    """Only root can become other users, and make namespaces anywhere."""
+    skip = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+    return pytest.mark.root_only(skip(test))
+
+
+@pytest.fixture
+def others_python(tmp_path):
+    """An interpreter that other users may run, with a way for them to the locks."""
     for parent in (tmp_path, *tmp_path.parents):
         if not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o011)
     python = python_of(65534)
     if python is None:
         pytest.skip("no interpreter here that other users may run")
+    return python
+
+
+@pytest.fixture(params=["as it is", "2"])
+def protected_regular(request):
+    """fs.protected_regular: 2 refuses O_CREAT on files of others in sticky directories."""
+    if request.param == "as it is":
+        yield
+        return
+    path = Path("/proc/sys/fs/protected_regular")
+    try:
+        before = path.read_text()
+        path.write_text(request.param)
+    except OSError as exc:
+        pytest.skip(f"{path} cannot be written: {exc.strerror}")
+    yield
+    path.write_text(before)
+
+
+@as_root
+@pytest.mark.usefixtures("protected_regular")
+def test_three_users_share_the_machine(workers, directory, others_python):
+    """Whoever comes first makes the files; users without privileges exclude and serve one another all the same."""
+    python = others_python
     first, second, third = (workers(str(uid), user=uid, python=python) for uid in (65534, 4321, 4322))
     assert "cards" in first.ask("acquire 20")
     second.tell("acquire 50")
@@ -261,6 +290,102 @@ def test_three_users_share_the_machine(workers, directory, tmp_path):
     second.kill()
     assert "cards" in third.answer()
     assert {(directory / name).stat().st_mode & 0o777 for name in os.listdir(directory) if name != "queue"} == {0o666}
+
+
+def namespace(*options, setup="true"):
+    """What starts a command in namespaces of its own, after *setup*; skips where that is not possible."""
+    prefix = ["unshare", *options, "sh", "-ec", f'{setup}; exec "$@"', "sh"]
+    try:
+        probe = subprocess.run([*prefix, "true"], capture_output=True, check=False, timeout=30, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare(1)")
+    if probe.returncode != 0:
+        pytest.skip(f"no such namespace can be made here: {probe.stderr.strip()}")
+    return prefix
+
+
+@as_root
+def test_users_that_do_not_see_each_others_processes(workers, directory, others_python):
+    """``hidepid=2``: whether a holder lives the kernel knows, although nobody could look it up in /proc."""
+    hidden = namespace("--mount", "--propagation", "private", setup="mount -t proc -o hidepid=2 proc /proc")
+    users = {uid: ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] for uid in (65534, 4321, 4322)}
+    first, second, third = (
+        workers(str(uid), python=others_python, prefix=[*hidden, *become]) for uid, become in users.items()
+    )
+    look = ["nsenter", f"--mount=/proc/{second.pid}/ns/mnt", "--", *users[4321], "ls", "-d", f"/proc/{first.pid}"]
+    seen = subprocess.run(look, capture_output=True, check=False, timeout=30)
+    assert seen.returncode != 0, "hidepid works, or this test tests nothing"
+    assert "cards" in first.ask("acquire 20")
+    second.tell("acquire 50")
+    queued(directory, 1)
+    third.tell("acquire 50")
+    queued(directory, 2)
+    first.kill()
+    assert "cards" in second.answer()
+    assert second.ask("leases")["leases"] == [[["GPU-00000000"], "4321"]]
+    second.ask("release")
+    assert "cards" in third.answer()
+
+
+@as_root
+def test_two_pid_namespaces_share_the_directory(workers, directory):
+    """Containers: each has its own process 1, and neither could ask whether the other's lives."""
+    apart = namespace("--pid", "--fork", "--kill-child", "--mount-proc")
+    one, two, outside = workers("one", prefix=apart), workers("two", prefix=apart), workers("outside")
+    assert (one.pid, two.pid) == (1, 1)
+    assert "cards" in one.ask("acquire 20")
+    assert "timeout" in two.ask("acquire 0")
+    two.tell("acquire 50")
+    queued(directory, 1)
+    outside.tell("acquire 50")
+    queued(directory, 2)
+    one.kill()
+    assert "cards" in two.answer()
+    two.ask("release")
+    assert "cards" in outside.answer()
+    assert two.ask("leases")["leases"] == [[["GPU-00000000"], "outside"]]
+
+
+@as_root
+def test_a_full_file_system(workers, directory):
+    """What was held once is held and given back as ever; a new file is a clear error, and takes nothing along."""
+    tiny = namespace("--mount", "--propagation", "private", setup=f"mount -t tmpfs -o size=64k,mode=1777 x {directory}")
+    one = workers("one", cards=2, prefix=tiny)
+    inside = Path(f"/proc/{one.process.pid}/root{directory}")
+    two = workers("two", cards=2, prefix=["nsenter", f"--mount=/proc/{one.process.pid}/ns/mnt", "--"])
+    first = one.ask("acquire 20")
+    with contextlib.suppress(OSError), (inside / "filling").open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert os.statvfs(inside).f_bavail == 0
+
+    assert "is on a file system that is full" in two.ask("acquire 2")["timeout"]
+    assert two.ask("leases")["leases"] == [[["GPU-00000000"], "one"]]
+    one.ask("release")
+    again = two.ask("acquire 20")
+    assert again["cards"] == first["cards"]
+    assert again["token"] > first["token"]
+    assert "timeout" in one.ask("acquire 1"), "the other card has no file yet"
+
+    (inside / "filling").unlink()
+    assert one.ask("acquire 20")["cards"] == ["GPU-00000001"]
+    two.ask("release")
+    assert one.ask("leases")["leases"] == [[["GPU-00000001"], "one"]]
+
+
+@as_root
+def test_a_read_only_file_system(workers, directory):
+    """Nothing is granted without a lock, and the error says why; who can write is not concerned."""
+    setup = f"mount --bind {directory} {directory}; mount -o remount,bind,ro {directory}"
+    read_only = namespace("--mount", "--propagation", "private", setup=setup)
+    one = workers("one")
+    assert "cards" in one.ask("acquire 20")
+    two = workers("two", prefix=read_only)
+    assert "held by one" in two.ask("acquire 0")["timeout"]
+    assert two.ask("leases")["leases"] == [[["GPU-00000000"], "one"]], "for a look it does"
+    one.ask("release")
+    assert "is on a read-only file system" in two.ask("acquire 1")["timeout"]
+    assert "cards" in one.ask("acquire 20")
 
 
 def python_of(uid) -> str | None:
@@ -324,7 +449,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path):
 
 def test_a_network_file_system_is_refused_by_name(tmp_path, monkeypatch):
     """Locks that hold on one machine only are worse than none."""
-    monkeypatch.setattr(host, "_file_system", lambda device: "nfs4")
+    monkeypatch.setattr(host, "_file_system", lambda fd: "nfs4")
     with pytest.raises(LeaseStoreError, match=r"network file system \(nfs4\)"):
         HostStore(str(tmp_path / "locks"))
 

@@ -274,6 +274,7 @@ def _regular(file: _Descriptor, name: str) -> _Descriptor:
 
 
 def _file_system(fd: int) -> str | None:
+    """The name of the file system that the open file is on; None if that cannot be found out."""
     mount = mount_of(fd)
     return None if mount is None else mount.kind
 
@@ -412,11 +413,18 @@ class HostStore:
             ):
                 raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
         position = 0
+        unqueued: OSError | None = None
         if claim.queue:
             # The ticket first, then the look: a card that is released between the two finds the ticket.
-            position = self._leave_ticket(claim)
+            try:
+                position = self._leave_ticket(claim)
+            except OSError as exc:  # such as a full file system
+                self._drop_ticket(claim.id)
+                unqueued = exc
         granted = self._try(claim)
         if granted is None:
+            if unqueued is not None:
+                raise unqueued
             return Queued(position) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
         if claim.id in self._tickets:
@@ -547,14 +555,21 @@ class HostStore:
         names: list[str] = []
         keys: list[str] = []
         records: list[dict[str, Any] | None] = []
+        full: OSError | None = None
         for wanted in order:
             if len(keys) == claim.count:
                 break
             if wanted.key in self._mine and self._is_ours(wanted.key, claim.share):
                 continue
-            locked = (
-                self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim)
-            )
+            try:
+                locked = (
+                    self._lock_card(wanted.key) if claim.share is None else self._lock_share(wanted, claim.share, claim)
+                )
+            except OSError as exc:
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                full = exc
+                continue  # a card that was held before has its record already
             if locked is None:
                 continue
             record = _read(locked[0][0])
@@ -569,6 +584,8 @@ class HostStore:
             keys.append(wanted.key)
             records.append(record)
         if len(keys) < claim.count:
+            if full is not None:
+                raise full
             for file in files:
                 file.unlock()
             return None
@@ -607,8 +624,14 @@ class HostStore:
             if not _take(file, fcntl.LOCK_EX):
                 file.close()
                 return None
-            if self._directory.is_current(file, name, self._directory.fd):
-                return [(file, name)]
+            try:
+                if self._directory.is_current(file, name, self._directory.fd):
+                    if os.fstat(file.fd).st_size < RECORD_BYTES:
+                        os.pwrite(file.fd, b" " * RECORD_BYTES, 0)  # there is room for the record, or we know now
+                    return [(file, name)]
+            except BaseException:
+                file.unlock()  # as in `_lock_some`
+                raise
             file.unlock()
         return None
 
@@ -1358,7 +1381,9 @@ class HostStore:
             if not name.startswith("gpu-") or ".guard" in name:
                 continue
             with contextlib.suppress(OSError):
-                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.fd))
+                # For reading, which does for a look at the lock too: who cannot write here may know as well.
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+                file = _Descriptor(os.open(name, flags, dir_fd=self._directory.fd))
                 record = _read(file)
                 if record is None or record.get("boot") != self._boot or record.get("released_at") is not None:
                     continue
