@@ -226,10 +226,14 @@ def test_a_remote_holder_is_told_with_its_next_renewal(tmp_path):
 
 
 @pytest.mark.parametrize("share", [None, Share(places=2)])
-def test_a_claim_that_fails_leaves_nothing_locked(store, locks, monkeypatch, share):
+@pytest.mark.parametrize("fails", ["the room for a record", "the record"])
+def test_a_claim_that_fails_leaves_nothing_locked(store, locks, monkeypatch, fails, share):
     """Also while somebody keeps the exception: its traceback keeps the frames, and these the descriptors."""
+    write = os.pwrite
 
     def full(fd, data, offset):
+        if fails == "the record" and not data.strip():
+            return write(fd, data, offset)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:

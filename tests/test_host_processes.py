@@ -6,9 +6,13 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -290,6 +294,25 @@ def test_three_users_share_the_machine(workers, directory, others_python):
     second.kill()
     assert "cards" in third.answer()
     assert {(directory / name).stat().st_mode & 0o777 for name in os.listdir(directory) if name != "queue"} == {0o666}
+
+
+@as_root
+def test_two_users_may_make_the_directory_at_the_same_time(monkeypatch):
+    """Between mkdir and fchmod of the one, the other may not enter yet."""
+    path = tempfile.mkdtemp(prefix="gpupool-test-")  # of mode 0700, as after a mkdir with a strict umask
+
+    def finish(seconds):
+        os.seteuid(0)
+        os.chmod(path, 0o1777)
+        os.seteuid(65534)
+
+    monkeypatch.setattr(host, "time", types.SimpleNamespace(**{**vars(time), "sleep": finish}))
+    os.seteuid(65534)
+    try:
+        HostStore(path).close()
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(path)
 
 
 def namespace(*options, setup="true"):
