@@ -35,6 +35,12 @@ class Screened:
     vetoed: tuple[tuple[Card, Reason], ...]
     #: Cards that the request does not want, whatever their reading.
     unwanted: tuple[tuple[Card, Reason], ...]
+    #: Of all eligible cards together, as `GPUReading.load` counts.
+    load: float = attrs.field(init=False)
+
+    @load.default
+    def _sum(self) -> float:
+        return sum(card.reading.load for card in self.eligible)
 
     @property
     def possible(self) -> int:

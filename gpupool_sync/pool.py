@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, overload
 
@@ -70,6 +70,11 @@ RETRY_RELEASE = 5.0
 MAX_TTL = 300.0
 #: Screened snapshots that are remembered, per endpoint, for requests that come again.
 REMEMBERED_REQUESTS = 8
+#: With more endpoints than these, what was seen of them is remembered for SIGHT_TIME seconds.
+MANY_ENDPOINTS = 16
+SIGHT_TIME = 0.05
+#: After so many changes that nobody looked at, it is forgotten.
+MOST_TOUCHED = 64
 
 _DEFAULT_REQUEST = GPURequest()
 _NOTHING = (None,) * 8
@@ -114,15 +119,47 @@ class _Engine:
 class _Seen:
     """One endpoint that may grant now, seen through one request."""
 
-    __slots__ = ("endpoint", "free", "snapshot", "wanted")
+    __slots__ = ("endpoint", "free", "settled", "snapshot", "view", "wanted")
 
     def __init__(
-        self, endpoint: PolledEndpoint, snapshot: Snapshot, free: Sequence[Card], wanted: Sequence[Card]
+        self,
+        endpoint: PolledEndpoint,
+        snapshot: Snapshot,
+        free: Sequence[Card],
+        wanted: Sequence[Card],
+        load: float,
     ) -> None:
         self.endpoint = endpoint
         self.snapshot = snapshot
         self.free = free  # would do, and not leased as far as is known
         self.wanted = wanted  # would do, leased or not: what a ticket names
+        self.settled = not endpoint.sick and endpoint.reintroduced() >= 1.0
+        #: What the strategy sees of it.
+        self.view = EndpointView(
+            endpoint.id,
+            len(snapshot.cards),
+            len(free),
+            load / len(free) if free else 0.0,
+            is_local=snapshot.is_local,
+        )
+
+
+class _Sight:
+    """
+    What one request saw of many endpoints, remembered for a moment.
+
+    It is as good as the readings, which are seconds old; only the arbiter decides.  What this pool itself changes by a
+    claim or a release is looked at again.
+    """
+
+    __slots__ = ("at", "endpoints", "seen", "touched")
+
+    def __init__(self, at: float, endpoints: object, seen: dict[str, _Seen]) -> None:
+        self.at = at
+        self.endpoints = endpoints  # of the engine, at that time
+        self.seen = seen
+        #: Endpoints to look at again. A list, as appending is atomic.
+        self.touched: list[str] = []
 
 
 class _Counters:
@@ -374,6 +411,7 @@ class GPUPool:
         self._unheard: deque[Grant] = deque()  # released, but the arbiter could not be told
         self._unheard_at = 0.0
         self._screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
+        self._sights: dict[GPURequest, _Sight] = {}
         # Endpoints whose cards are in this machine; those that are said to be, before they have answered.
         self._local_ids = frozenset(each.id for each in self._endpoint_configs if each.local)
         # Guards _local_ids, which several workers change.
@@ -442,6 +480,7 @@ class GPUPool:
             pool = me()
             if pool is not None:
                 pool._last_free.pop(endpoint.id, None)
+                pool._touch(endpoint.id)
 
         def on_lost(lease_id: str) -> None:
             pool = me()
@@ -783,6 +822,7 @@ class GPUPool:
             ConfigError: no endpoint has that id.
         """
         self._endpoint(endpoint_id).draining = True
+        self._sights.clear()
 
     def remove_endpoint(self, endpoint_id: str) -> None:
         """
@@ -1255,7 +1295,8 @@ class GPUPool:
             # CUDA of this process will never see another card: one that it cannot use is of no use to it.
             request = attrs.evolve(request, uuid=bound)
         self._counters.add("requests")
-        seen = self._look(engine, request)
+        many = len(engine.endpoints) > MANY_ENDPOINTS
+        seen = self._glance(engine, request) if many else self._look(engine, request)
         claims = self._claim_free(engine, grant, request, seen)
         queued = False
         if grant.lease is None:
@@ -1394,16 +1435,17 @@ class GPUPool:
             return Reason("stale", f"its readings are {age:.1f} s old: {_error_of(endpoint)}")
         return None
 
-    def _look(self, engine: _Engine, request: GPURequest) -> list[_Seen]:
+    def _look(
+        self, engine: _Engine, request: GPURequest, endpoints: Iterable[PolledEndpoint] | None = None
+    ) -> list[_Seen]:
         """The endpoints that may grant now, with their cards for the request."""
         snapshots, duplicates = self._table.view()
-        now = boottime()
-        oldest = now - self._settings.max_stats_age
+        oldest = boottime() - self._settings.max_stats_age
         local_only = request.local is None and bool(self._local_ids)
         taken: set[str] = set()
         seen: list[_Seen] = []
         shared = request.shared
-        for endpoint in engine.endpoints.values():
+        for endpoint in engine.endpoints.values() if endpoints is None else endpoints:
             snapshot = snapshots.get(endpoint.id)
             if snapshot is None or endpoint.draining or endpoint.open or snapshot.sample.taken_at < oldest:
                 continue
@@ -1411,10 +1453,18 @@ class GPUPool:
                 continue
             store = engine.store_of(endpoint.id)
             closed = store.closed()
-            free: list[Card] = []
-            wanted: list[Card] = []
+            screened = self._screened(snapshot, request)
+            if not (shared or closed or duplicates or screened.vetoed):  # mostly
+                is_held = store.is_held
+                free = [card for card in screened.eligible if not is_held(card.key)]
+                if len(screened.eligible) >= request.count:
+                    whole = len(free) == len(screened.eligible)
+                    load = screened.load if whole else sum([card.reading.load for card in free])
+                    seen.append(_Seen(endpoint, snapshot, free, screened.eligible, load))
+                continue
+            free, wanted = [], []
             for card, reason, held in usable(
-                self._screened(snapshot, request),
+                screened,
                 snapshot,
                 is_held=store.is_held,
                 released_at=store.released_at,
@@ -1432,18 +1482,57 @@ class GPUPool:
                 if _shareable(store, card, request) if shared else not held:
                     free.append(card)
             if len(wanted) >= request.count:
-                seen.append(_Seen(endpoint, snapshot, free, wanted))
+                seen.append(_Seen(endpoint, snapshot, free, wanted, sum([card.reading.load for card in free])))
         return seen
+
+    def _glance(self, engine: _Engine, request: GPURequest) -> list[_Seen]:
+        """`_look`, for many endpoints and a first try: mostly what was seen a moment ago."""
+        now = boottime()
+        sight = self._sights.get(request)
+        if sight is None or now - sight.at > SIGHT_TIME or sight.endpoints is not engine.endpoints:
+            if self._table.view()[1]:  # the same card at two endpoints: only a look at all of them offers it once
+                return self._look(engine, request)
+            if len(self._sights) > REMEMBERED_REQUESTS:
+                self._sights.clear()
+            # Timed before the look: what happens meanwhile is seen or made up for soon.
+            sight = _Sight(now, engine.endpoints, {each.endpoint.id: each for each in self._look(engine, request)})
+            self._sights[request] = sight
+            return list(sight.seen.values())
+        while sight.touched:
+            try:
+                touched = sight.touched.pop()
+            except IndexError:  # another thread was faster
+                break
+            endpoint = engine.endpoints.get(touched)
+            again = [] if endpoint is None else self._look(engine, request, (endpoint,))
+            if again:
+                sight.seen[touched] = again[0]
+            else:
+                sight.seen.pop(touched, None)
+        return list(sight.seen.values())
+
+    def _touch(self, endpoint_id: str) -> None:
+        """What was seen there has changed by our own doing."""
+        for request, sight in list(self._sights.items()):
+            if len(sight.touched) < MOST_TOUCHED:
+                sight.touched.append(endpoint_id)
+            else:  # nobody asks like that any more
+                self._sights.pop(request, None)
 
     def _ordered(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
         """The endpoints that have enough free cards, as the strategy would try them."""
-        ready = [each for each in seen if len(each.free) >= request.count]
+        count = request.count
+        ready = [each for each in seen if len(each.free) >= count]
         if len(ready) < 2:
             # Also a single endpoint is a decision that the strategy counts.
             return ready if not ready else self._by_strategy(ready, request)
-        first: list[_Seen] = []
+        first = [each for each in ready if each.settled]
+        if len(first) == len(ready):
+            return self._by_strategy(first, request)
         later: list[_Seen] = []
         for each in ready:
+            if each.settled:
+                continue
             # An endpoint whose last poll failed comes last; one that has just recovered gets a growing share.
             share = each.endpoint.reintroduced()
             sits_out = each.endpoint.sick or (share < 1.0 and _random() >= share)
@@ -1453,18 +1542,11 @@ class GPUPool:
         return self._by_strategy(first, request) + later
 
     def _by_strategy(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
+        ordered = self._strategy.order([each.view for each in seen], request)
+        if len(seen) == 1:
+            return list(seen)
         by_id = {each.endpoint.id: each for each in seen}
-        views = [
-            EndpointView(
-                endpoint_id=each.endpoint.id,
-                total_gpus=len(each.snapshot.cards),
-                free_gpus=len(each.free),
-                mean_load=sum(card.reading.load for card in each.free) / len(each.free),
-                is_local=each.snapshot.is_local,
-            )
-            for each in seen
-        ]
-        return [by_id[view.endpoint_id] for view in self._strategy.order(views, request)]
+        return [by_id[view.endpoint_id] for view in ordered]
 
     def _claim_free(self, engine: _Engine, grant: Grant, request: GPURequest, seen: Sequence[_Seen]) -> int:
         """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
@@ -1484,6 +1566,7 @@ class GPUPool:
             if granted:
                 return claims
             self._counters.add("refused")
+            self._touch(first.endpoint.id)
             left.remove(first)
 
     def _claim_all(
@@ -1526,9 +1609,9 @@ class GPUPool:
         claim = Claim(
             id=grant.id,
             holder=self._holder,
-            groups=tuple(tuple(_wanted(store, card, request) for card in cards) for _, cards in offers),
+            groups=_groups(store, offers, request),
             count=request.count,
-            share=_share(request),
+            share=_share(request) if request.shared else None,
             ttl=self._settings.ttl,
             waited=time.monotonic() - grant.asked_at,
             queue=queue,
@@ -1554,9 +1637,8 @@ class GPUPool:
             return False
         lease = outcome.lease
         for each, cards in offers:
-            mine = {card.key: card for card in cards}
-            if lease.cards[0] in mine:
-                grant.cards = tuple(mine[key] for key in lease.cards)
+            if found := _named(cards, lease.cards):
+                grant.cards = found
                 grant.snapshot = each.snapshot
                 break
         else:
@@ -1564,6 +1646,7 @@ class GPUPool:
             raise LeaseStoreError(f"{store.description} granted cards that were not asked for")
         grant.store = store
         grant.lease = lease
+        self._touch(grant.snapshot.endpoint_id)
         engine = self._engine
         if lease.ttl is not None and engine is not None:
             # The arbiter may have granted it at an earlier try whose answer was lost.
@@ -1660,6 +1743,7 @@ class GPUPool:
             self._counters.released(time.monotonic() - grant.begun_at)
             forget_mask(grant)
             if engine is not None and grant.snapshot is not None:
+                self._touch(grant.snapshot.endpoint_id)
                 engine.monitor.nudge(grant.snapshot.endpoint_id)
 
     def _give_up(self, grant: Grant) -> None:
@@ -2152,16 +2236,32 @@ def _timeout(value: float | None) -> float | None:
     return float(value)
 
 
-def _share(request: GPURequest) -> Share | None:
-    if not request.shared:
-        return None
+def _share(request: GPURequest) -> Share:
     return Share(memory_mb=request.memory_mb, places=request.max_holders)
 
 
-def _wanted(store: LeaseStore, card: Card, request: GPURequest) -> Wanted:
+def _named(cards: Sequence[Card], keys: Sequence[str]) -> tuple[Card, ...]:
+    """Those of the cards that have these keys, in the order of the keys; empty if the first is not among them."""
+    if len(keys) == 1:
+        for card in cards:
+            if card.key == keys[0]:
+                return (card,)
+        return ()
+    by_key = {card.key: card for card in cards}
+    return tuple([by_key[key] for key in keys]) if keys[0] in by_key else ()
+
+
+def _groups(
+    store: LeaseStore, offers: Sequence[tuple[_Seen, Sequence[Card]]], request: GPURequest
+) -> tuple[tuple[Wanted, ...], ...]:
+    """The cards of the offers, as a claim names them."""
     if request.memory_mb is None:
-        return Wanted(card.key)
-    return Wanted(card.key, _room(store, card))
+        return tuple([tuple([_plainly(card.key) for card in cards]) for _, cards in offers])
+    return tuple([tuple([Wanted(card.key, _room(store, card)) for card in cards]) for _, cards in offers])
+
+
+#: Of a whole card, or of a place, nothing but the key is told.
+_plainly = lru_cache(65536)(Wanted)
 
 
 def _emptied(store: LeaseStore, offers: Sequence[tuple[_Seen, Sequence[Card]]]) -> Mapping[str, float]:
