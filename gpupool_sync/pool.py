@@ -386,6 +386,8 @@ class GPUPool:
         # This machine's own cards, read without a server: what there is when no endpoint is configured.
         self._reads_devices = not settings.endpoints
         self._inherited = False  # came here by fork or in a pickle
+        #: Called with an endpoint's id and whether it answered, after each poll, on its thread; must be quick.
+        self._watchers: tuple[Callable[[str, bool], None], ...] = ()
         self._warned_of_scope = False
         self._fresh_state()
         self._me = weakref.ref(self)
@@ -481,6 +483,7 @@ class GPUPool:
             if pool is not None:
                 pool._last_free.pop(endpoint.id, None)
                 pool._touch(endpoint.id)
+                pool._tell_watchers(endpoint.id, False)
 
         def on_lost(lease_id: str) -> None:
             pool = me()
@@ -846,6 +849,7 @@ class GPUPool:
         self._last_free.pop(endpoint_id, None)
         endpoint.abort()
         endpoint.close()
+        self._tell_watchers(endpoint_id, True)  # nobody need wait for it any more
 
     def _endpoint(self, endpoint_id: str) -> PolledEndpoint:
         endpoints = self._opened().endpoints
@@ -853,16 +857,23 @@ class GPUPool:
             raise ConfigError(f"endpoint_id={endpoint_id!r}: the pool has {', '.join(endpoints) or 'none'}")
         return endpoints[endpoint_id]
 
-    def refresh(self, timeout: float | None = None) -> bool:
+    def refresh(self, timeout: float | None = None, *, endpoint: str | None = None) -> bool:
         """
         Read every endpoint once more, now; whether all of them answered or failed within *timeout* seconds.
 
         Calls at the same time are coalesced into at most two polls of each endpoint.
+
+        Args:
+            endpoint: only the endpoint of this id, also while its breaker is open.
+
+        Raises:
+            ConfigError: no endpoint has that id.
         """
         engine = self._opened()
         from gpupool_sync.monitor import wait_for
 
-        futures = engine.monitor.poll_soon(engine.endpoints)
+        wanted = engine.endpoints if endpoint is None else [self._endpoint(endpoint).id]
+        futures = engine.monitor.poll_soon(wanted)
         return wait_for(futures, Deadline.after(timeout))
 
     def _first_reading(self, engine: _Engine, deadline: Deadline, *, stragglers: bool = True) -> None:
@@ -887,6 +898,7 @@ class GPUPool:
         # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
         self._adopt_server(engine, snapshot)
         before = self._table.update(snapshot)
+        self._tell_watchers(snapshot.endpoint_id, True)
         for problem in snapshot.sample.problems:
             if before is None or problem not in before.sample.problems:
                 logger.warning("endpoint %s: %s", snapshot.endpoint_id, problem)
@@ -924,6 +936,10 @@ class GPUPool:
             shared=any(grant.lease is not None and grant.lease.share is not None for grant in mine),
             pids=frozenset(holder.pid for holder in holders if holder.host == self._holder.host),
         )
+
+    def _tell_watchers(self, endpoint_id: str, answered: bool) -> None:
+        for watcher in self._watchers:
+            watcher(endpoint_id, answered)
 
     def _tidy(self) -> None:
         """What nobody waits for; on the monitor's thread, at least once a second."""
@@ -1912,6 +1928,17 @@ class GPUPool:
                 except LeaseStoreError as exc:
                     logger.info("%s does not tell its leases: %s", store.description, exc)
 
+    @staticmethod
+    def _holders(store: LeaseStore, key: str) -> Sequence[LeaseInfo]:
+        """Who has the card, for displays: of shares in kernel locks, `holders_of` knows the last one only."""
+        holders = store.holders_of(key)
+        if store.scope == "everybody" or not any(info.share is not None for info in holders):
+            return holders
+        try:
+            return [info for info in store.leases() if key in info.cards] or holders
+        except LeaseStoreError:
+            return holders
+
     def status(self) -> Status:
         """
         The pool at this moment: totals, endpoints, cards, who holds what.
@@ -1937,7 +1964,10 @@ class GPUPool:
             unusable = self._unusable(endpoint, snapshot, now)
             numbers = endpoint.numbers()
             store = engine.store_of(endpoint.id)
-            in_service = unusable is None or unusable.code == "draining"
+            if unusable is None and not numbers.healthy:
+                # It may still be granted from, as a last resort; but what does not answer is not told to be available.
+                unusable = Reason("endpoint-down", f"did not answer the last time: {_error_of(endpoint)}")
+            in_service = unusable is None or (unusable.code == "draining" and numbers.healthy)
             free = 0
             for card, reason in self._verdicts(engine, snapshot, _DEFAULT_REQUEST) if snapshot is not None else ():
                 if duplicates and card.key in duplicates:
@@ -1945,7 +1975,7 @@ class GPUPool:
                         continue  # listed, and counted, at another endpoint of the same host
                     if in_service:
                         taken.add(card.key)
-                holders = store.holders_of(card.key)
+                holders = self._holders(store, card.key)
                 reading = card.reading
                 reason = reason or unusable
                 free += reason is None
@@ -2120,7 +2150,8 @@ class GPUPool:
         if engine.arbiter.scope == "everybody" or engine.servers:
             return len(self._waiting)
         try:
-            return len(engine.arbiter.queue())
+            # While no endpoint can be granted from, ours have no tickets.
+            return max(len(engine.arbiter.queue()), len(self._waiting))
         except LeaseStoreError:
             return len(self._waiting)
 
@@ -2228,11 +2259,11 @@ def _why_bound(request: GPURequest) -> str:
     )
 
 
-def _timeout(value: float | None) -> float | None:
+def _timeout(value: float | None, name: str = "timeout") -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-        raise ConfigError(f"timeout={value!r}: seconds of at least 0 are allowed, or None to wait for ever")
+        raise ConfigError(f"{name}={value!r}: seconds of at least 0 are allowed, or None to wait for ever")
     return float(value)
 
 

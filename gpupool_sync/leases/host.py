@@ -764,7 +764,7 @@ class HostStore:
             "released_at": released_at,
             "note": None if lease.note is None else lease.note[:200],
             "cards": len(lease.cards),
-            "key": next((key for key in lease.cards if _file_name(key) == name), None),
+            "key": next((key for key in lease.cards if _file_name(key) == name.partition(".share-")[0]), None),
             **({} if lease.id not in self._remote else self._remote_of(lease.id)),
             "share": None
             if lease.share is None

@@ -350,9 +350,15 @@ class HTTPStore:
             closed = documents.read_closed(document)
             with self._lock:
                 self._closed_cards = dict.fromkeys(closed, self._clock())
-            return documents.read_lease_infos(document.get("leases"))
+            infos = documents.read_lease_infos(document.get("leases"))
         except BadDocument as exc:
             raise self._unclear(f"its answer cannot be used: {exc}") from exc
+        # Newer than what was heard before: who is not in it has gone.
+        there = {(key, info.token) for info in infos for key in info.cards}
+        for key, (_, info) in list(self._hearsay.items()):
+            if (key, info.token) not in there:
+                self._hearsay.pop(key, None)
+        return infos
 
     def queue(self) -> Sequence[TicketInfo]:
         document = self._get("/v1/queue")
