@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gpupool_sync.client import GPUContextManager as GPUContextManager
+    from gpupool_sync.client import GPUWorkerPoolClient as GPUWorkerPoolClient
+    from gpupool_sync.client import gpu_worker_pool_client as gpu_worker_pool_client
     from gpupool_sync.config import Endpoint as Endpoint
     from gpupool_sync.errors import AcquireTimeout as AcquireTimeout
     from gpupool_sync.errors import BadAnswer as BadAnswer
@@ -23,10 +26,23 @@ if TYPE_CHECKING:
     from gpupool_sync.errors import NoSuchGPU as NoSuchGPU
     from gpupool_sync.errors import PoolClosed as PoolClosed
     from gpupool_sync.errors import RemoteGPUError as RemoteGPUError
+    from gpupool_sync.errors import ServiceUnavailableError as ServiceUnavailableError
+    from gpupool_sync.errors import StaleAssignmentError as StaleAssignmentError
     from gpupool_sync.errors import TooManyWaiting as TooManyWaiting
+    from gpupool_sync.errors import WorkerTimeoutError as WorkerTimeoutError
     from gpupool_sync.handle import GPU as GPU
     from gpupool_sync.handle import GPUs as GPUs
     from gpupool_sync.pool import GPUPool as GPUPool
+    from gpupool_sync.status import EndpointInfo as EndpointInfo
+    from gpupool_sync.status import GlobalGPUInfo as GlobalGPUInfo
+    from gpupool_sync.status import GPUAssignment as GPUAssignment
+    from gpupool_sync.status import GPUInfo as GPUInfo
+    from gpupool_sync.status import GPUStats as GPUStats
+    from gpupool_sync.status import MultiEndpointPoolStatus as MultiEndpointPoolStatus
+    from gpupool_sync.status import PoolStatus as PoolStatus
+    from gpupool_sync.status import WorkerInfo as WorkerInfo
+    from gpupool_sync.status import make_global_gpu_id as make_global_gpu_id
+    from gpupool_sync.status import parse_global_gpu_id as parse_global_gpu_id
     from gpupool_sync.strategies import Availability as Availability
     from gpupool_sync.strategies import RoundRobin as RoundRobin
     from gpupool_sync.strategies import Strategy as Strategy
@@ -40,22 +56,38 @@ _HOMES = {
     "BadAnswer": "errors",
     "ConfigError": "errors",
     "Endpoint": "config",
+    "EndpointInfo": "status",
     "EndpointUnavailable": "errors",
     "ExclusivityWarning": "errors",
     "GPU": "handle",
+    "GPUAssignment": "status",
+    "GPUContextManager": "client",
+    "GPUInfo": "status",
     "GPUPool": "pool",
     "GPUPoolError": "errors",
+    "GPUStats": "status",
+    "GPUWorkerPoolClient": "client",
     "GPUs": "handle",
+    "GlobalGPUInfo": "status",
     "LeaseLost": "errors",
     "LeaseStoreError": "errors",
     "MissingExtra": "errors",
+    "MultiEndpointPoolStatus": "status",
     "NoSuchGPU": "errors",
     "PoolClosed": "errors",
+    "PoolStatus": "status",
     "RemoteGPUError": "errors",
     "RoundRobin": "strategies",
+    "ServiceUnavailableError": "errors",
+    "StaleAssignmentError": "errors",
     "Strategy": "strategies",
     "TooManyWaiting": "errors",
     "Weighted": "strategies",
+    "WorkerInfo": "status",
+    "WorkerTimeoutError": "errors",
+    "gpu_worker_pool_client": "client",
+    "make_global_gpu_id": "status",
+    "parse_global_gpu_id": "status",
 }
 
 __all__ = [
@@ -65,21 +97,37 @@ __all__ = [
     "BadAnswer",
     "ConfigError",
     "Endpoint",
+    "EndpointInfo",
     "EndpointUnavailable",
     "ExclusivityWarning",
+    "GPUAssignment",
+    "GPUContextManager",
+    "GPUInfo",
     "GPUPool",
     "GPUPoolError",
+    "GPUStats",
+    "GPUWorkerPoolClient",
     "GPUs",
+    "GlobalGPUInfo",
     "LeaseLost",
     "LeaseStoreError",
     "MissingExtra",
+    "MultiEndpointPoolStatus",
     "NoSuchGPU",
     "PoolClosed",
+    "PoolStatus",
     "RemoteGPUError",
     "RoundRobin",
+    "ServiceUnavailableError",
+    "StaleAssignmentError",
     "Strategy",
     "TooManyWaiting",
     "Weighted",
+    "WorkerInfo",
+    "WorkerTimeoutError",
+    "gpu_worker_pool_client",
+    "make_global_gpu_id",
+    "parse_global_gpu_id",
 ]
 
 

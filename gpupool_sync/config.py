@@ -695,6 +695,23 @@ SETTINGS: tuple[Setting, ...] = (
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
+def _workers(value: object, from_text: bool) -> object:
+    if value is None or (from_text and isinstance(value, str) and value.lower() == "none"):
+        return None
+    return _whole(1, 1_000_000)(value, from_text)
+
+
+#: No setting of a pool: `client` makes requests of it.
+MAX_WORKERS_PER_GPU = Setting(
+    "max_workers_per_gpu",
+    ("GPU_MAX_WORKERS_PER_GPU",),
+    1,
+    "a whole number from 1 to 1000000, or None (none in the environment)",
+    "How many workers of GPUWorkerPoolClient may share a GPU; None: any number while its readings allow it.",
+    _workers,
+)
+
+
 _DEFAULTS: dict[str, Any] = {setting.name: setting.default for setting in SETTINGS}
 
 
@@ -802,6 +819,26 @@ def resolve(endpoints: object = None, *, environ: Mapping[str, str] | None = Non
             values[setting.name], origins[setting.name] = found
     _check_together(values, origins)
     return Settings(**values)
+
+
+def checked(setting: Setting | str, value: object, origin: str) -> Any:
+    """
+    *value* as the setting (a row, or the name of one) takes it, for callers that know it by another name, *origin*.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return _parse(_BY_NAME[setting] if isinstance(setting, str) else setting, value, origin, from_text=False)
+
+
+def from_environment(setting: Setting | str) -> tuple[Any, str] | None:
+    """
+    The value that the environment gives a setting, and the variable; None if it gives none.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return _from_environ(_BY_NAME[setting] if isinstance(setting, str) else setting, os.environ)
 
 
 def _check_together(values: dict[str, Any], origins: Mapping[str, str]) -> None:

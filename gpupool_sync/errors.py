@@ -44,8 +44,20 @@ class AcquireTimeout(GPUPoolError, TimeoutError):
     explanation: object = None
 
 
+class WorkerTimeoutError(AcquireTimeout):
+    """`GPUWorkerPoolClient.request_gpu` waited in vain, as the predecessor calls it."""
+
+
+class ServiceUnavailableError(WorkerTimeoutError):
+    """The same, and no endpoint answered when the time was over."""
+
+
 class LeaseLost(GPUPoolError):
     """The lease is gone: it expired, was revoked, or its arbiter could not confirm it in time."""
+
+
+class StaleAssignmentError(LeaseLost):
+    """A GPU was given back to a `GPUWorkerPoolClient` that had lost it before: somebody else may have used it."""
 
 
 class LeaseStoreError(GPUPoolError):

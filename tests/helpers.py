@@ -6,11 +6,13 @@ import contextlib
 import itertools
 import json
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +85,25 @@ def run_threads(n: int, fn: Callable[[int], T], timeout: float = 30.0) -> list[T
         ]
         pytest.fail(f"{len(stuck)} of {n} threads did not end within {timeout:g} s\n" + "\n".join(stacks))
     return results
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, servers: Mapping[str, str]) -> None:
+    """Connections to these host names go to the loopback servers of these URLs, whatever port they name."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in servers:
+            return real(host, port, *args, **kwargs)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", int(servers[host].rpartition(":")[2])))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def environment_after(script: str) -> dict[str, str]:
+    """The ``GPU_`` variables that a shell script exports."""
+    out = subprocess.run(["sh", "-euc", f"{script}\nenv -0"], capture_output=True, check=True, env={}, timeout=30)
+    items = (item.partition("=") for item in out.stdout.decode().split("\0"))
+    return {name: value for name, _, value in items if name.startswith("GPU_")}
 
 
 @attrs.frozen

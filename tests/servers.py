@@ -141,10 +141,13 @@ class Server:
     `Authority.context`) the connections are wrapped; one that fails to handshake is counted in `failed_handshakes`.
     """
 
-    def __init__(self, *scripts: Script, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, *scripts: Script, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1", port: int = 0
+    ) -> None:
         self._scripts = scripts
         self._tls = tls
         self._host = host
+        self._port = port
         self._closing = threading.Event()
         #: Set by `release`; scripts that hold on wait for it.
         self.released = threading.Event()
@@ -158,7 +161,7 @@ class Server:
 
     def __enter__(self) -> Server:
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        self._listener = socket.create_server((self._host, 0), family=family, backlog=512)
+        self._listener = socket.create_server((self._host, self._port), family=family, backlog=512)
         self._listener.settimeout(0.05)
         self.port: int = self._listener.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, name="fault-server", daemon=True)
