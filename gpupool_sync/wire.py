@@ -538,7 +538,9 @@ def summary_document(sample: Sample, *, timestamp: str | None) -> dict[str, Any]
     ]
     document["timestamp"] = timestamp
     document["protocol"] = PROTOCOL_VERSION
-    document["host"] = attrs.asdict(sample.host) if sample.host is not None else None
+    document["host"] = None
+    if sample.host is not None:
+        document["host"] = {"id": sample.host.id, "name": sample.host.name, "simulated": sample.host.simulated}
     document["leases"] = attrs.asdict(sample.leases) if sample.leases is not None else None
     document["gpus_unavailable"] = [_fault(fault) for fault in (*sample.faults, *silent)]
     return document

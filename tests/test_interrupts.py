@@ -13,15 +13,15 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("mode", ["block", "acquire", "wait"])
-def test_ctrl_c_at_any_instant_leaks_nothing(mode):
+@pytest.mark.parametrize("mode", ["block", "acquire", "wait", "host"])
+def test_ctrl_c_at_any_instant_leaks_nothing(mode, tmp_path):
     """Thousands of interrupts, wherever they fall, leave no lease, no ticket and no locked pool behind."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(HERE / "interrupted.py"), mode, "2000"],
         capture_output=True,
         text=True,
         timeout=55,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": str(HERE), "GPU_POOL_LOCK_DIR": str(tmp_path)},
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -29,3 +29,4 @@ def test_ctrl_c_at_any_instant_leaks_nothing(mode):
 
     assert result["interrupts"] > 100, "the interrupts hit something"
     assert (result["leaked"], result["usable"], result["forgotten"], result["watched"]) == (0, True, 0, 0)
+    assert result["descriptors"] == []

@@ -128,8 +128,8 @@ class _Descriptor:
 
     __slots__ = ("_owner",)
 
-    def __init__(self, fd: int) -> None:
-        self._owner = _own(fd)
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
 
     @property
     def fd(self) -> int:
@@ -151,6 +151,13 @@ class _Descriptor:
         self._owner.close()
 
 
+def _opened(name: str, flags: int, *, dir_fd: int | None) -> _Descriptor:
+    """`os.open`, with nothing between the call and its owner: an interrupt there would lose the number."""
+    opening = partial(os.open, mode=0o666, dir_fd=dir_fd)
+    # Two maps are one step in C; `_own(os.open(…))` would be two, and Python looks for interrupts after each.
+    return _Descriptor(next(map(_own, map(opening, (name,), (flags,)))))
+
+
 class _Directory:
     """The lock directory, opened once; every name in it is looked up relative to the descriptor."""
 
@@ -168,7 +175,7 @@ class _Directory:
             try:
                 self._make(name, dir_fd)
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                return _Descriptor(os.open(name, flags, dir_fd=dir_fd))
+                return _opened(name, flags, dir_fd=dir_fd)
             except OSError as exc:
                 left -= 1
                 if not isinstance(exc, PermissionError) or not left:
@@ -211,7 +218,7 @@ class _Directory:
         except FileExistsError:
             return
         # The umask took bits away. chmod by name could follow a symlink that somebody put there since.
-        made = _Descriptor(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd))
+        made = _opened(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         os.fchmod(made.fd, 0o1777)
         made.close()
 
@@ -235,12 +242,12 @@ class _Directory:
             # Without O_CREAT where it exists: fs.protected_regular refuses O_CREAT on other users' files.
             with contextlib.suppress(FileNotFoundError):
                 try:
-                    return _regular(_Descriptor(os.open(name, _OPEN, dir_fd=dir_fd)), name), False
+                    return _regular(_opened(name, _OPEN, dir_fd=dir_fd), name), False
                 except PermissionError:
                     time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
                     continue
             with contextlib.suppress(FileExistsError):
-                made = _Descriptor(os.open(name, _OPEN | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=dir_fd))
+                made = _opened(name, _OPEN | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd)
                 os.fchmod(made.fd, 0o666)
                 return made, True
         raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
@@ -253,7 +260,7 @@ class _Directory:
         By a descriptor of its own: all who list one descriptor, threads and forked children, move one position, and
         each would miss the names that another has just read.
         """
-        own = _Descriptor(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd))
+        own = _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
         return os.listdir(own.fd)
 
     def socket_path(self, name: str) -> str:
@@ -680,7 +687,7 @@ class HostStore:
             if not other.startswith(f"{name}.share-"):
                 continue
             with contextlib.suppress(OSError):
-                file = _Descriptor(os.open(other, _OPEN, dir_fd=self._directory.fd))
+                file = _opened(other, _OPEN, dir_fd=self._directory.fd)
                 record = _read(file) or {}
                 if not _take(file, fcntl.LOCK_EX):
                     found.append(record.get("share") or {})
@@ -790,9 +797,7 @@ class HostStore:
             return None  # nobody ever held it: true of most cards of a large fleet, and cheaper than to ask for each
         record = None
         with contextlib.suppress(OSError):
-            file = _Descriptor(
-                os.open(_file_name(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.fd)
-            )
+            file = _opened(_file_name(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.fd)
             record = _read(file)
         if record is not None and record.get("boot") != self._boot:
             record = None
@@ -824,7 +829,7 @@ class HostStore:
         for name in self._directory.names(self._directory.fd):
             if name.startswith(prefix):
                 with contextlib.suppress(OSError):
-                    file = _Descriptor(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory.fd))
+                    file = _opened(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory.fd)
                     found.append((_read(file) or {}).get("share") or {})
         return found
 
@@ -956,7 +961,7 @@ class HostStore:
         mark = json.dumps({"token": token, "by": by[:100]}).encode()[: MARK_BYTES - 1]
         for name in [card, *(other for other in self._names() if other.startswith(f"{card}.share-"))]:
             with contextlib.suppress(FileNotFoundError):
-                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.fd))
+                file = _opened(name, _OPEN, dir_fd=self._directory.fd)
                 record = _read(file)
                 if record is None or record.get("token") != token or record.get("boot") != self._boot:
                     continue
@@ -1171,9 +1176,7 @@ class HostStore:
 
     def _load_ticket(self, name: str) -> tuple[Claim, float | None, float, float] | None:
         try:
-            file = _Descriptor(
-                os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
-            )
+            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
             data = os.pread(file.fd, 1 << 22, 0)
             hinted, spoke = data[:_STAMPS].split()
             place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
@@ -1198,7 +1201,7 @@ class HostStore:
         for name in names:
             # Before the message: what the owner answers clears the mark, never the other way round.
             with contextlib.suppress(OSError):
-                file = _Descriptor(os.open(name, _OPEN, dir_fd=self._directory.queue_fd))
+                file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
                 os.pwrite(file.fd, _hint_stamp(now), 0)
             mine = self._ticket_ids.get(name)
             if mine is not None:
@@ -1215,9 +1218,7 @@ class HostStore:
 
     def _socket_of(self, name: str) -> str | None:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            file = _Descriptor(
-                os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
-            )
+            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
             found = json.loads(os.pread(file.fd, 1 << 22, _STAMPS))["socket"]
             if isinstance(found, str) and re.fullmatch(r"sock-[0-9a-f]{16}", found):
                 return found
@@ -1383,7 +1384,7 @@ class HostStore:
             with contextlib.suppress(OSError):
                 # For reading, which does for a look at the lock too: who cannot write here may know as well.
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-                file = _Descriptor(os.open(name, flags, dir_fd=self._directory.fd))
+                file = _opened(name, flags, dir_fd=self._directory.fd)
                 record = _read(file)
                 if record is None or record.get("boot") != self._boot or record.get("released_at") is not None:
                     continue
