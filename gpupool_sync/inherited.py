@@ -35,7 +35,7 @@ import attrs
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import GPUPoolError, LeaseLost, LeaseStoreError
 from gpupool_sync.leases.base import Claim, Granted, Lease, LeaseStore, Outcome, Scope
-from gpupool_sync.leases.host import NETWORK_FILE_SYSTEMS, HostStore, _Descriptor, _file_system, _take
+from gpupool_sync.leases.host import NETWORK_FILE_SYSTEMS, HostStore, _Descriptor, _file_system, _opened, _take
 from gpupool_sync.models import Card, GPUReading, HostIdentity, Sample, Snapshot
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Bequest:
         _sweep(parent)
         while True:
             self.directory = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
-            self._lock = _Descriptor(os.open(self.directory, _OPEN_DIRECTORY))
+            self._lock = _opened(self.directory, _OPEN_DIRECTORY, dir_fd=None)
             # Somebody who tidies up may have found it unlocked a moment ago.
             if _take(self._lock, fcntl.LOCK_EX) and os.path.isdir(self.directory):
                 break
@@ -200,7 +200,7 @@ class Bequest:
 def _local_directory() -> str:
     """Where temporary files are, unless other machines see them too: locks may not hold there."""
     path = tempfile.gettempdir()
-    looked_at = _Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    looked_at = _opened(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=None)
     return "/tmp" if _file_system(looked_at.fd) in NETWORK_FILE_SYSTEMS else path  # noqa: S108 - mkdtemp
 
 
@@ -211,7 +211,7 @@ def _sweep(parent: str) -> None:
             if not entry.name.startswith(_PREFIX):
                 continue
             with contextlib.suppress(OSError):
-                lock = _Descriptor(os.open(entry.path, _OPEN_DIRECTORY))
+                lock = _opened(entry.path, _OPEN_DIRECTORY, dir_fd=None)
                 if os.fstat(lock.fd).st_uid == os.geteuid() and _take(lock, fcntl.LOCK_EX):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 lock.close()
@@ -265,7 +265,7 @@ class Inherited:
         self.directory = os.path.dirname(path)
         self._lock: _Descriptor | None = None
         try:
-            self._lock = _Descriptor(os.open(self.directory, _OPEN_DIRECTORY))
+            self._lock = _opened(self.directory, _OPEN_DIRECTORY, dir_fd=None)
             with open(path) as file:
                 told = json.load(file)
             self._read(told)
