@@ -558,6 +558,17 @@ def _parse_name(value: object, from_text: bool) -> str:
     return value.strip()
 
 
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _parse_flag(value: object, from_text: bool) -> bool:
+    if from_text and isinstance(value, str):
+        value = _FLAGS.get(value.lower())
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
 @attrs.frozen
 class Setting:
     """
@@ -690,6 +701,14 @@ SETTINGS: tuple[Setting, ...] = (
         "So many failures in a row, and a server counts as down.",
         _whole(1, 1000),
     ),
+    Setting(
+        "progress",
+        ("GPU_POOL_PROGRESS",),
+        None,
+        "True or False (in the variable also yes, no, on, off, 1 or 0)",
+        "Whether a wait of more than 2 seconds is shown; unset: in notebooks, and in scripts on a terminal.",
+        _parse_flag,
+    ),
 )
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -745,6 +764,7 @@ class Settings:
     max_waiting: int | None = _DEFAULTS["max_waiting"]
     name: str | None = _DEFAULTS["name"]
     breaker_failures: int = _DEFAULTS["breaker_failures"]
+    progress: bool | None = _DEFAULTS["progress"]
 
     @max_stats_age.default
     def _three_polls(self) -> float:

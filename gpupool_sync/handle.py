@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,6 +80,7 @@ class Grant:
         "owner",
         "pid",
         "place",
+        "position",
         "problems",
         "released",
         "snapshot",
@@ -104,6 +106,7 @@ class Grant:
         self.cancelled = False  # nobody waits for it any more
         self.told = False  # on_lost was called, or is about to be
         self.place = ""  # file and line of the acquire, for warnings
+        self.position: int | None = None  # in the shortest queue that it waits in, as last told; 0 is the head
         self.asked_at = 0.0  # time.monotonic()
         self.begun_at = 0.0  # time.monotonic() of the grant
         self.children: list[Command] = []
@@ -215,6 +218,11 @@ class _Handle:
     def released(self) -> bool:
         """Whether the lease was given back."""
         return self._tie.grant.released
+
+    @property
+    def held_for(self) -> float:
+        """Seconds since the lease was granted."""
+        return time.monotonic() - self._tie.grant.begun_at
 
     @property
     def lost(self) -> bool:
@@ -490,6 +498,11 @@ class GPU(_Handle):
             state += " by the parent process"
         return f"<GPU {self.global_gpu_id} ({self.name}), {state}>"
 
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import gpu_html
+
+        return gpu_html(self)
+
 
 class GPUs(_Handle, Sequence[GPU]):
     """Several GPUs of one host under one lease: granted together, released together."""
@@ -519,6 +532,11 @@ class GPUs(_Handle, Sequence[GPU]):
 
     def __repr__(self) -> str:
         return f"<GPUs {self._names()}>"
+
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import gpus_html
+
+        return gpus_html(self)
 
 
 # -- masking this process --------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from gpupool_sync.errors import (
     PoolClosed,
 )
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, bound_to, forget_mask
-from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Share, Wanted
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Queued, Share, Wanted
 from gpupool_sync.leases.shared import CLOSED
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, LeaseOffer, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from gpupool_sync.inherited import Inherited, Recipe
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
+    from gpupool_sync.progress import Progress
     from gpupool_sync.status import Explanation, LeasesStatus, LeaseStatus, Status
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ KEPT_DURATIONS = 1000
 EXPLAINED_CARDS = 20
 #: Seconds of waiting after which a pool whose endpoints are all down says so once.
 LONG_WAIT = 10.0
+#: Seconds of waiting after which it is shown, where the setting `progress` lets it.
+SHOW_AFTER = 2.0
 #: Seconds between attempts to tell an arbiter of a release that it did not hear.
 RETRY_RELEASE = 5.0
 #: The longest ttl there is, seconds.
@@ -332,6 +335,9 @@ class GPUPool:
         ttl: seconds that a lease at a remote arbiter lives without renewal (default 60, at most 300).
         max_waiting: callers that may wait at the same time; default any number.
         name: shown to others as the holder.
+        progress: whether a wait of more than 2 s is shown: one line on the terminal, a table in a notebook, and a line
+            a minute if standard error is neither.  Default: in notebooks and on terminals, and only where the program
+            itself (``__main__``) waits, not a module that it imports.
         on_lost: called as ``on_lost(gpu)`` when a lease is lost.
 
     Raises:
@@ -356,6 +362,7 @@ class GPUPool:
         max_waiting: int | None = None,
         name: str | None = None,
         on_lost: Callable[[Any], object] | None = None,
+        progress: bool | None = None,
     ) -> None:
         given = {
             "strategy": strategy,
@@ -371,6 +378,7 @@ class GPUPool:
             "ttl": ttl,
             "max_waiting": max_waiting,
             "name": name,
+            "progress": progress,
         }
         if on_lost is not None and not callable(on_lost):
             raise ConfigError(f"on_lost={on_lost!r}: a function that takes the lost GPU is allowed")
@@ -763,6 +771,13 @@ class GPUPool:
         more = f" and {len(self._endpoint_configs) - 5} more" if len(self._endpoint_configs) > 5 else ""
         state = "closed" if self._closed else "open" if self._engine is not None else "not opened yet"
         return f"<GPUPool of {where}{more}, {state}, {sum(1 for g in self._grants.values() if g.lease)} leases held>"
+
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import pool_html
+
+        # Showing a pool neither opens it nor asks a server: status() does.
+        engine = self._engine
+        return pool_html(self, None if engine is None or self._closed else self._status(engine))
 
     def _after_fork_in_child(self) -> None:
         # The parent's leases are forgotten, not released; its threads and connections are its own. The child opens
@@ -1344,6 +1359,7 @@ class GPUPool:
                 raise self._timed_out(grant, request)
             return claims
         told = False
+        progress: Progress | None = None
         waiter = Waiter(grant.id)
         self._waiting.join(waiter)
         try:
@@ -1355,10 +1371,20 @@ class GPUPool:
                 if engine.inherited is not None:
                     engine.inherited.check()
                 seen = self._look(engine, request)
+                grant.position = None
                 claims += self._claim_all(engine, grant, request, seen, queue=True)
                 if grant.lease is not None:
                     return claims
-                woken = waiter.wait(deadline.within(self._waiting.recheck()))
+                sleep = self._waiting.recheck()
+                if self._settings.progress is not False:
+                    waited = time.monotonic() - grant.asked_at
+                    if waited < SHOW_AFTER:
+                        sleep = min(sleep, SHOW_AFTER - waited)
+                    else:
+                        # Made first and told then: what an interrupt leaves on the screen is removed below.
+                        progress = progress or self._make_progress()
+                        self._tell_progress(progress, grant, request)
+                woken = waiter.wait(deadline.within(sleep))
                 if not woken:
                     engine.monitor.ensure_running()
                     if not told and time.monotonic() - grant.asked_at > LONG_WAIT:
@@ -1371,6 +1397,29 @@ class GPUPool:
                     self._require_possible(engine, request)
         finally:
             self._waiting.leave(waiter)
+            if progress is not None:
+                progress.close()
+
+    def _make_progress(self) -> Progress:
+        with _opening:  # it imports
+            from gpupool_sync.progress import Progress
+
+            return Progress(self._settings.progress, inherited=self._inherited)
+
+    def _tell_progress(self, progress: Progress, grant: Grant, request: GPURequest) -> None:
+        def explain() -> Explanation:
+            explanation = self._explain_to_waiter(request)
+            # As in `_timed_out`: an arbiter that cannot be used is not among the cards' reasons.
+            hints = [*grant.problems.values(), *([explanation.hint] if explanation.hint else [])]
+            return attrs.evolve(explanation, hint="; ".join(hints) or None)
+
+        place = None if grant.position is None else grant.position + 1
+        progress.tell(time.monotonic() - grant.asked_at, place, explain)
+
+    def _explain_to_waiter(self, request: GPURequest) -> Explanation:
+        """As `_explain`, less the caller itself among those who wait."""
+        explanation = self._explain(request)
+        return attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
 
     def _tell_long_wait(self, engine: _Engine, request: GPURequest) -> None:
         """Waiting for GPUs that are in use is normal; waiting for servers none of which answers deserves a word."""
@@ -1383,9 +1432,7 @@ class GPUPool:
     def _timed_out(self, grant: Grant, request: GPURequest) -> AcquireTimeout:
         self._counters.add("timeouts")
         waited = time.monotonic() - grant.asked_at
-        explanation = self._explain(request)
-        # The caller, who stops waiting with this, is not one of those who wait.
-        explanation = attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
+        explanation = self._explain_to_waiter(request)
         # An arbiter that cannot be used is not among the cards' reasons: they may well be free.
         lines = "\n".join("  " + line for line in [*grant.problems.values(), *explanation.lines(EXPLAINED_CARDS)])
         error = AcquireTimeout(
@@ -1649,6 +1696,8 @@ class GPUPool:
             raise PoolClosed("the pool's leases were all released while this call waited") from None
         grant.problems.pop(id(store), None)
         if not isinstance(outcome, Granted):
+            if isinstance(outcome, Queued) and (grant.position is None or outcome.position < grant.position):
+                grant.position = outcome.position
             self._look_whether_empty(store, offers)
             return False
         lease = outcome.lease
@@ -1945,12 +1994,16 @@ class GPUPool:
 
         Opens the pool if need be and waits for its first reading.
         """
-        from gpupool_sync.status import CardStatus, EndpointStatus, Status, WorkerInfo
-
         engine = self._opened()
         self._collect_dropped()
         self._first_reading(engine, Deadline.after(None))
         self._refresh_known(engine)
+        return self._status(engine)
+
+    def _status(self, engine: _Engine) -> Status:
+        """What is known without asking anybody."""
+        from gpupool_sync.status import CardStatus, EndpointStatus, Status, WorkerInfo
+
         snapshots, duplicates = self._table.view()
         now = boottime()
         utc = datetime.datetime.now(datetime.timezone.utc)
@@ -2418,6 +2471,12 @@ def _rebuild(
     pool._reads_devices = reads_devices
     pool._inherited = True
     return pool
+
+
+def held_here() -> list[Grant]:
+    """Every lease that a pool of this process holds, the oldest first."""
+    held = [grant for grant in list(_all_grants.values()) if grant.lease is not None and not grant.released]
+    return sorted(held, key=lambda grant: grant.begun_at)
 
 
 # -- all pools of this process ---------------------------------------------------------------------------------

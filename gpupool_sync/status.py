@@ -361,6 +361,11 @@ class Status(MultiEndpointPoolStatus):
     def __repr__(self) -> str:
         return f"<Status: {self}>"
 
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import status_html
+
+        return status_html(self)
+
     taken_at: datetime.datetime = attrs.field(
         factory=lambda: datetime.datetime.now(datetime.timezone.utc), kw_only=True
     )
@@ -402,6 +407,11 @@ class LeasesStatus(_Jsonable):
     scopes: Sequence[str]
     problems: Sequence[str] = ()  # arbiters that could not be asked
 
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import leases_html
+
+        return leases_html(self)
+
 
 def _ranges(ids: Sequence[str]) -> str:
     """``0-3,5`` for 0, 1, 2, 3, 5."""
@@ -424,6 +434,17 @@ class CardVerdict(_Jsonable):
     name: str
     uuid: str | None
     code: str  # "free" or why not: held, foreign-process, memory, utilization, filter:…, stale, endpoint-down, …
+    text: str
+
+
+@attrs.frozen
+class CardGroup:
+    """Cards of one endpoint and model with the same verdict; `gpus` is such as ``server1:0-3,5``."""
+
+    gpus: str
+    count: int
+    name: str
+    code: str
     text: str
 
 
@@ -451,15 +472,27 @@ class Explanation(_Jsonable):
         """
         lines = [self.hint] if self.hint else []
         lines += [f"{endpoint_id}: {text}" for endpoint_id, text in self.endpoints.items()]
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        for card in self.cards:
-            endpoint_id, _, local_id = card.global_gpu_id.rpartition(":")
-            groups.setdefault((endpoint_id, card.name, card.text), []).append(local_id)
-        told = [f"{endpoint_id}:{_ranges(ids)} ({name}): {text}" for (endpoint_id, name, text), ids in groups.items()]
+        groups = self.groups()
+        told = [f"{group.gpus} ({group.name}): {group.text}" for group in groups]
         lines += told if limit is None else told[:limit]
         if limit is not None and len(told) > limit:
-            rest = sum(len(ids) for ids in list(groups.values())[limit:])
-            lines.append(f"and {rest} more cards")
+            lines.append(f"and {sum(group.count for group in groups[limit:])} more cards")
+        return lines + self.remarks()
+
+    def groups(self) -> list[CardGroup]:
+        """The cards, those of one endpoint together of which the same is true."""
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for card in self.cards:
+            endpoint_id, _, local_id = card.global_gpu_id.rpartition(":")
+            groups.setdefault((endpoint_id, card.name, card.code, card.text), []).append(local_id)
+        return [
+            CardGroup(f"{endpoint_id}:{_ranges(ids)}", len(ids), name, code, text)
+            for (endpoint_id, name, code, text), ids in groups.items()
+        ]
+
+    def remarks(self) -> list[str]:
+        """What is to be said beside the cards."""
+        lines = []
         if self.elsewhere:
             lines.append(
                 f"{self.elsewhere} free on other machines: local=False asks for those too (for use over there)"
@@ -467,6 +500,11 @@ class Explanation(_Jsonable):
         if self.waiting:
             lines.append(f"{self.waiting} of this pool wait")
         return lines
+
+    def _repr_html_(self) -> str:
+        from gpupool_sync.display import explanation_html
+
+        return explanation_html(self)
 
     def __str__(self) -> str:
         head = f"{self.request}: {self.free} of {len(self.cards)} GPUs are free"

@@ -125,6 +125,10 @@ class Listener:
                 thread.start()
                 self._thread = thread
 
+    def _anybody(self) -> bool:
+        with self._lock:
+            return any(len(room) for room in self._rooms)
+
     def _needed(self) -> bool:
         with self._lock:
             if any(len(room) for room in self._rooms):
@@ -147,7 +151,9 @@ class Listener:
             try:
                 self._store.listen(RECHECK)
             except LeaseStoreError as exc:
-                logger.warning("no hints from %s: %s", self._store.description, exc)
+                # With nobody left who waits, it is most likely a pool that closes, which deserves no line on a screen.
+                level = logging.WARNING if self._anybody() else logging.INFO
+                logger.log(level, "no hints from %s: %s", self._store.description, exc)
                 pause.wait(RECHECK)
             except Exception:
                 # Supervised: waiters look again by themselves each second, but they should not have to.

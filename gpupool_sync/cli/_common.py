@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import click
 
+from gpupool_sync.display import plain as plain
+from gpupool_sync.display import plural as plural
+from gpupool_sync.display import seconds as seconds
 from gpupool_sync.status import to_jsonable
 
 if TYPE_CHECKING:
@@ -137,39 +140,9 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(to_jsonable(value), allow_nan=False))
 
 
-def plain(text: object) -> str:
-    """
-    *text* on one line, with what could drive a terminal made visible.
-
-    For everything that a server may have said.
-    """
-    found = str(text)
-    if not found.isprintable():
-        found = "".join(ch if ch.isprintable() else " " if ch in "\n\r\t" else ascii(ch)[1:-1] for ch in found)
-    return found
-
-
-def seconds(value: float | None) -> str:
-    """A duration for people."""
-    if value is None or value == float("inf"):
-        return "?"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
 def milliseconds(value: float | None) -> str:
     """A response time for people."""
     return "–" if value is None else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
-
-
-def plural(number: int, word: str) -> str:
-    """``1 GPU``, ``2 GPUs``."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 # -- the screen ------------------------------------------------------------------------------------------------
