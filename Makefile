@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 SOAK_ARGS ?=
 
 # Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
-TEST_SYSTEM_PACKAGES ?= redis-server
+TEST_SYSTEM_PACKAGES ?= redis-server chromium fonts-dejavu-core
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
