@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gpupool_sync.client import GPUWorkerPoolClient as GPUWorkerPoolClient
     from gpupool_sync.client import gpu_worker_pool_client as gpu_worker_pool_client
     from gpupool_sync.config import Endpoint as Endpoint
+    from gpupool_sync.config import EndpointSource as EndpointSource
     from gpupool_sync.errors import AcquireTimeout as AcquireTimeout
     from gpupool_sync.errors import BadAnswer as BadAnswer
     from gpupool_sync.errors import ConfigError as ConfigError
@@ -57,6 +58,7 @@ _HOMES = {
     "ConfigError": "errors",
     "Endpoint": "config",
     "EndpointInfo": "status",
+    "EndpointSource": "config",
     "EndpointUnavailable": "errors",
     "ExclusivityWarning": "errors",
     "GPU": "handle",
@@ -98,6 +100,7 @@ __all__ = [
     "ConfigError",
     "Endpoint",
     "EndpointInfo",
+    "EndpointSource",
     "EndpointUnavailable",
     "ExclusivityWarning",
     "GPUAssignment",

@@ -1,7 +1,7 @@
 """Settings: one table from which resolving, error texts and the documentation come.
 
-Nothing here does I/O, and no error, repr or id ever shows a secret: what a URL carries before its ``@`` or
-after its ``?`` is never quoted.
+Nothing here does I/O, but that `resolve` has the file read that GPU_POOL_CONFIG names.  No error, repr or id ever shows
+a secret: what a URL carries before its ``@`` or after its ``?`` is never quoted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,25 @@ import sys
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from gpupool_sync.errors import ConfigError
 
+if TYPE_CHECKING:
+    from gpupool_sync.config_file import ConfigFile
+
 #: The strategies that have a name.
 STRATEGIES = ("availability", "round_robin", "weighted")
+#: The options of each of them, and of which type each option is.
+STRATEGY_OPTIONS: Mapping[str, Mapping[str, type]] = {
+    "availability": {"spread": bool, "seed": int},
+    "round_robin": {"seed": int},
+    "weighted": {"seed": int},
+}
+#: The variable that names the configuration file.
+CONFIG_VARIABLE = "GPU_POOL_CONFIG"
 
 #: Longest part of a wrong value that an error quotes.
 _QUOTED = 100
@@ -35,6 +46,8 @@ _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_\-]{0,61}[a-z0-9_])?")
 _NAMED = re.compile(r"([^:/=]*)=(.*)", re.DOTALL)
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_FILE = re.compile(r"file:", re.IGNORECASE)
+_DNS = re.compile(r"dns\+", re.IGNORECASE)
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -254,6 +267,17 @@ def _check_path(value: object, what: str) -> str:
     return path
 
 
+def _check_server_name(name: object) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name:
+        raise ValueError("server_name: the name of a host is allowed")
+    try:
+        return _canonical_host(name)
+    except ValueError as exc:
+        raise ValueError(f"server_name: {exc}") from None
+
+
 def _check_verify(verify: object) -> bool | str:
     if isinstance(verify, bool):
         return verify
@@ -300,6 +324,8 @@ class Endpoint:
     local: bool | None = attrs.field(kw_only=True)
     #: Most requests per second that the server may get from one pool; None: no limit.
     max_rate: float | None = attrs.field(kw_only=True)
+    #: The name to ask for (``Host``, TLS) and to find in the certificate, where the URL has an address instead.
+    server_name: str | None = attrs.field(kw_only=True)
     #: Public id: `name`, else host, port if it is not the default one, and path, joined by ``-``. It never has
     #: a colon and never depends on other endpoints.
     id: str = attrs.field(init=False, eq=False)
@@ -324,6 +350,7 @@ class Endpoint:
         cert: str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]] | None = None,
         local: bool | None = None,
         max_rate: float | None = None,
+        server_name: str | None = None,
     ) -> None:
         if not isinstance(url, str):
             raise ConfigError(f"endpoint {_show(url)}: a URL is allowed, such as 'http://server1:8000'")
@@ -349,10 +376,11 @@ class Endpoint:
                 max_rate = _real(max_rate)
                 if max_rate is None or max_rate <= 0:
                     raise ValueError("max_rate: a number of requests per second above 0 is allowed")
-            checked_name, checked_verify, checked_cert = (
+            checked_name, checked_verify, checked_cert, checked_server_name = (
                 _check_name(name),
                 _check_verify(verify),
                 _check_cert(cert),
+                _check_server_name(server_name),
             )
         except ValueError as exc:
             problem = str(exc)
@@ -368,6 +396,7 @@ class Endpoint:
             cert=checked_cert,
             local=local,
             max_rate=max_rate,
+            server_name=checked_server_name,
         )
 
     @property
@@ -387,6 +416,57 @@ class Endpoint:
             return False
         # Connecting to 0.0.0.0 or :: reaches this machine, too.
         return address.is_loopback or address.is_unspecified
+
+
+@attrs.frozen(init=False)
+class EndpointSource:
+    """
+    Where endpoints are found, instead of being listed: a file, or a name with several addresses.
+
+    ``file:/path`` is a file with one URL (or name=URL) a line, or Prometheus' ``file_sd`` in JSON;
+    ``dns+http://name:port`` is one endpoint for each address of the name.  Both are looked at again while the pool
+    runs.  The *options* are those of `Endpoint`, for each endpoint that is found; of a file's endpoints `name` cannot
+    be one, of a name's it is the beginning of their ids.
+
+    Raises:
+        ConfigError: the place or an option cannot be used; the message says what is allowed.
+    """
+
+    #: ``file:/path`` or ``dns+http://name:port``, without credentials.
+    spec: str
+    #: What the endpoints have in common; of a file without their URL.
+    template: Endpoint = attrs.field(repr=False)
+
+    def __init__(self, spec: str, **options: Any) -> None:
+        if not isinstance(spec, str):
+            raise ConfigError(f"endpoint source {_show(spec)}: file:/path or dns+http://name:port is allowed")
+        text = spec.strip()
+        problem = None
+        if _FILE.match(text):
+            path = re.sub("^//+", "/", text.partition(":")[2])
+            if not path.startswith("/") or not path.isprintable() or path.endswith("/"):
+                problem = "the path of the file must be absolute, as in file:/etc/gpu-servers"
+            elif options.get("name") is not None:
+                problem = "the lines of the file name their endpoints, as in server1=http://10.0.0.1:8000"
+            else:
+                self.__attrs_init__(f"file:{path}", Endpoint("http://file.invalid", **options))
+        elif _DNS.match(text):
+            template = Endpoint(text[len("dns+") :], **options)
+            try:
+                ipaddress.ip_address(template.host)
+                problem = "an address is one endpoint; write http://… without dns+"
+            except ValueError:
+                self.__attrs_init__(f"dns+{template.url}", template)
+        else:
+            problem = "file:/path, dns+http://name:port or dns+https://name:port is allowed"
+        if problem is not None:
+            raise ConfigError(f"endpoint source {_show(text)}: {problem}")
+
+    @property
+    def path(self) -> str | None:
+        """Of the file; None: it is a name."""
+        kind, _, path = self.spec.partition(":")
+        return path if kind == "file" else None
 
 
 def unique_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
@@ -421,8 +501,8 @@ def unique_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     return tuple(by_url.values())
 
 
-def _endpoints_in_text(text: str) -> list[Endpoint]:
-    """The endpoints of a comma-separated list of URLs or name=URL; empty items are ignored."""
+def _endpoints_in_text(text: str) -> list[Endpoint | EndpointSource]:
+    """The endpoints of a comma-separated list of URLs, name=URL and sources; empty items are ignored."""
     items = [item.strip() for item in text.split(",")]
     for number, item in enumerate(items[1:], 2):
         # What looks like an item may be the rest of a password with a comma: nothing of it may be shown.
@@ -430,23 +510,38 @@ def _endpoints_in_text(text: str) -> list[Endpoint]:
             raise ConfigError(
                 f"item {number} has an '@' but no http:// or https:// before it; in a password ',' is written %2C"
             )
-    result = []
+    result: list[Endpoint | EndpointSource] = []
     for item in filter(None, items):
         named = _NAMED.fullmatch(item)
-        name, url = (named.group(1).strip(), named.group(2)) if named else (None, item)
-        try:
-            result.append(Endpoint(url, name=name))
-            continue
-        except ConfigError as exc:
-            problem = str(exc)
-        if named:
-            # Only the item as a whole can be redacted: of "host?key=secret", the part that looks like the URL
-            # is the secret.
-            problem = f"endpoint {_show(item)}: URL or name=URL is allowed, as in server1=http://10.0.0.1:8000"
-            if _SCHEME.match(url.strip()):
-                problem += f" ({_reason(url, name)})"
-        raise ConfigError(problem)
+        place = (named.group(2) if named else item).strip()
+        if _FILE.match(place) or _DNS.match(place):
+            options = {"name": named.group(1).strip()} if named else {}
+            result.append(EndpointSource(place, **options))
+        else:
+            result.append(endpoint_in_text(item))
     return result
+
+
+def endpoint_in_text(item: str, template: Endpoint | None = None) -> Endpoint:
+    """
+    The endpoint that a URL or name=URL means, with the options of *template*, if there is one.
+
+    Raises:
+        ConfigError: it is neither; the message shows no secret.
+    """
+    named = _NAMED.fullmatch(item)
+    name, url = (named.group(1).strip(), named.group(2)) if named else (None, item)
+    try:
+        return Endpoint(url, name=name) if template is None else attrs.evolve(template, url=url, name=name)
+    except ConfigError as exc:
+        problem = str(exc)
+    if named:
+        # Only the item as a whole can be redacted: of "host?key=secret", the part that looks like the URL
+        # is the secret.
+        problem = f"endpoint {_show(item)}: URL or name=URL is allowed, as in server1=http://10.0.0.1:8000"
+        if _SCHEME.match(url.strip()):
+            problem += f" ({_reason(url, name)})"
+    raise ConfigError(problem)
 
 
 def _reason(url: str, name: str | None) -> str:
@@ -459,20 +554,24 @@ def _reason(url: str, name: str | None) -> str:
     return "it cannot be used"
 
 
-def _parse_endpoints(value: object, from_text: bool) -> tuple[Endpoint, ...]:
-    if isinstance(value, (str, Endpoint)):
+def _parse_endpoints(value: object, from_text: bool) -> tuple[Endpoint | EndpointSource, ...]:
+    if isinstance(value, (str, Endpoint, EndpointSource)):
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError
-    found: list[Endpoint] = []
+    found: list[Endpoint | EndpointSource] = []
     for item in value:
-        if isinstance(item, Endpoint):
+        if isinstance(item, (Endpoint, EndpointSource)):
             found.append(item)
         elif isinstance(item, str):
             found.extend(_endpoints_in_text(item))
         else:
             raise ConfigError(f"item {_show(item)}: a URL, name=URL or an Endpoint is allowed")
-    return unique_endpoints(found)
+    sources: dict[str, EndpointSource] = {}
+    for each in found:
+        if isinstance(each, EndpointSource) and sources.setdefault(each.spec, each) != each:
+            raise ConfigError(f"endpoint source {each.spec} is given twice, with different options; name it once")
+    return (*unique_endpoints(each for each in found if isinstance(each, Endpoint)), *sources.values())
 
 
 # --- the other settings ---------------------------------------------------------------------------
@@ -529,6 +628,37 @@ def _parse_strategy(value: object, from_text: bool) -> object:
     if not callable(value) and not callable(getattr(value, "order", None)):
         raise ValueError
     return value
+
+
+def _parse_strategy_options(value: object, from_text: bool) -> dict[str, object]:
+    if from_text and isinstance(value, str):
+        options: dict[str, object] = {}
+        for item in filter(None, (part.strip() for part in value.split(","))):
+            name, sign, text = (part.strip() for part in item.partition("="))
+            if not sign or not name or name in options:
+                raise ValueError
+            truth = {"true": True, "false": False}.get(text.lower())
+            options[name] = truth if truth is not None else int(text) if _INTEGER.fullmatch(text) else text
+        return options
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError
+    return dict(value)
+
+
+def _check_strategy_options(strategy: object, options: Mapping[str, object], origin: str) -> None:
+    """Which options there are depends on the strategy."""
+    if not isinstance(strategy, str):
+        if options:
+            raise ConfigError(f"{origin}: a strategy of your own has its options already; leave them out")
+        return
+    known = STRATEGY_OPTIONS[strategy]
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"{origin}: {strategy} has no option {_show(name)}; it has {', '.join(known)}")
+        kind = known[name]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            what = "True or False" if kind is bool else "a whole number"
+            raise ConfigError(f"{origin}: {name}={_show(value)}: {what} is allowed")
 
 
 def _parse_lease_store(value: object, from_text: bool) -> object:
@@ -593,8 +723,9 @@ SETTINGS: tuple[Setting, ...] = (
         "endpoints",
         ("GPU_SERVICE_ENDPOINTS", "GPU_STATS_SERVICE_ENDPOINTS", "GPU_SERVICE_ENDPOINT"),
         (),
-        "a comma-separated string of URLs or name=URL, a list of those, or Endpoint objects",
-        "The statistics servers; none: this machine's own GPUs.",
+        "a comma-separated string of URLs, name=URL, file:/path or dns+http://name:port, a list of those, or Endpoint "
+        "and EndpointSource objects",
+        "The statistics servers, or where they are found; none: this machine's own GPUs.",
         _parse_endpoints,
     ),
     Setting(
@@ -604,6 +735,14 @@ SETTINGS: tuple[Setting, ...] = (
         "availability, round_robin, weighted, or an object with a method order",
         "In which order servers are tried.",
         _parse_strategy,
+    ),
+    Setting(
+        "strategy_options",
+        ("GPU_LOAD_BALANCING_STRATEGY_OPTIONS",),
+        None,
+        "options of the strategy, such as spread=False (a table; in the variable spread=false,seed=1)",
+        "availability: spread=False takes the highest share of free cards literally; all: seed repeats the choices.",
+        _parse_strategy_options,
     ),
     Setting(
         "lease_store",
@@ -747,10 +886,16 @@ class Settings:
     lease store go into the pickle.  Its ``repr`` shows none.
     """
 
-    #: Empty: this machine's own GPUs.
+    #: Empty, as are `sources`: this machine's own GPUs.
     endpoints: tuple[Endpoint, ...] = ()
+    #: Where more endpoints are found while the pool runs.
+    sources: tuple[EndpointSource, ...] = ()
+    #: What gave `endpoints` and `sources`: ``argument``, a variable, or the path of the file.
+    endpoints_from: str | None = attrs.field(default=None, eq=False)
     #: One of `STRATEGIES`, or an object.
     strategy: Any = _DEFAULTS["strategy"]
+    #: Keyword arguments of the strategy that `strategy` names.
+    strategy_options: Mapping[str, Any] | None = _DEFAULTS["strategy_options"]
     #: "memory:…", "host:…", a Redis URL, a store object, or None.
     lease_store: Any = attrs.field(default=_DEFAULTS["lease_store"], repr=_show_store)
     memory_threshold: float = _DEFAULTS["memory_threshold"]  # percent
@@ -807,37 +952,131 @@ def _from_environ(setting: Setting, environ: Mapping[str, str]) -> tuple[object,
     return value, name
 
 
+def _from_file(setting: Setting, file: ConfigFile) -> tuple[object, str] | None:
+    """The value of the configuration file, and where it stands; None if it has none."""
+    if setting.name not in file.values:
+        return None
+    origin = f"{file.path}: {setting.name}"
+    value = file.values[setting.name]
+    if setting.name == "endpoints" and isinstance(value, list):
+        value = [
+            _endpoint_in_table(item, f"{origin}[{number}]", os.path.dirname(os.path.abspath(file.path)))
+            if isinstance(item, dict)
+            else item
+            for number, item in enumerate(value, 1)
+        ]
+    return _parse(setting, value, origin, from_text=False), origin
+
+
+def _endpoint_in_table(table: Mapping[str, Any], origin: str, directory: str) -> Endpoint | EndpointSource:
+    """One ``[[endpoints]]`` table; paths of certificates are relative to the file's *directory*."""
+    allowed = [field.name for field in attrs.fields(Endpoint) if field.init]
+    for key in table:
+        if key not in allowed:
+            raise ConfigError(f"{origin}.{_plain_key(key)}: an endpoint has no such option{_meant(key, allowed)}")
+    options = dict(table)
+    url = options.pop("url", None)
+    if not isinstance(url, str):
+        raise ConfigError(f"{origin}.url: the URL of a server is needed, such as 'http://server1:8000'")
+    for key in ("verify", "cert"):
+        value = options.get(key)
+        if isinstance(value, str) and value:
+            options[key] = os.path.join(directory, value)
+        elif isinstance(value, list):
+            options[key] = [os.path.join(directory, each) if isinstance(each, str) else each for each in value]
+    make = EndpointSource if _FILE.match(url.strip()) or _DNS.match(url.strip()) else Endpoint
+    problem = None
+    try:
+        return make(url, **options)
+    except ConfigError as exc:
+        problem = str(exc)
+    raise ConfigError(f"{origin}: {problem}")
+
+
+def _plain_key(key: str) -> str:
+    return key if key.isidentifier() and len(key) <= _QUOTED else "…"
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _read_file(environ: Mapping[str, str]) -> ConfigFile | None:
+    path = environ.get(CONFIG_VARIABLE, "").strip()
+    if not path:
+        return None
+    from gpupool_sync import config_file
+
+    file = config_file.read(path, CONFIG_VARIABLE)
+    for key in file.values:
+        if key not in _BY_NAME:
+            raise ConfigError(f"{file.path}: {_plain_key(key)}: there is no such setting{_meant(key, _BY_NAME)}")
+    return file
+
+
+def _has_secrets(value: object) -> bool:
+    """Whether somebody who reads *value* (of the endpoints, or of the lease store) could pretend to be us."""
+    if isinstance(value, tuple):
+        return any(map(_has_secrets, value))
+    if isinstance(value, EndpointSource):
+        value = value.template
+    if isinstance(value, Endpoint):
+        return bool(value.token or value.auth or value.headers)
+    return isinstance(value, str) and redact_url(value) != value
+
+
 def resolve(endpoints: object = None, *, environ: Mapping[str, str] | None = None, **options: object) -> Settings:
     """
-    Settings from arguments, the environment (*environ*, else ``os.environ``) and defaults, in this order.
+    Settings from arguments, the environment (*environ*, else ``os.environ``), the file that GPU_POOL_CONFIG names, and
+    defaults, in this order.
 
     *options* are the other names of `SETTINGS`.  None, an empty variable, and endpoints that are all empty
     count as not given.  If several variables of one setting are set, the first in the table wins, with a
-    warning.
+    warning; another tells of a file that has secrets and that every user may read.
 
     Raises:
-        ConfigError: a value cannot be used, or two contradict each other; the message names the argument or
-            variable, the value (never a secret) and what is allowed.
+        ConfigError: a value cannot be used, or two contradict each other; the message names the argument,
+            variable, or file and key, the value (never a secret) and what is allowed.
         TypeError: an option is not known.
     """
     for option in options:
         if option not in _BY_NAME:
             raise TypeError(f"unknown option {option!r}; there are {', '.join(_BY_NAME)}")
     environ = os.environ if environ is None else environ
+    file = _read_file(environ)
     options["endpoints"] = endpoints
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    secrets = False
     for setting in SETTINGS:
+        # Also what is overruled: whether the file is right, and safe, does not depend on who overrules it.
+        in_file = None if file is None else _from_file(setting, file)
+        secrets = secrets or (in_file is not None and _has_secrets(in_file[0]))
         given = options.get(setting.name)
         if given is not None:
             value = _parse(setting, given, setting.name, from_text=False)
             if setting.name != "endpoints" or value:
                 values[setting.name], origins[setting.name] = value, setting.name
                 continue
-        found = _from_environ(setting, environ)
+        found = _from_environ(setting, environ) or in_file
         if found is not None:
             values[setting.name], origins[setting.name] = found
+    if file is not None and file.public and secrets:
+        warnings.warn(
+            f"{file.path} has secrets, and every user of this machine may read it: chmod 600 {file.path}",
+            UserWarning,
+            stacklevel=_stacklevel(),
+        )
     _check_together(values, origins)
+    places = values.pop("endpoints", ())
+    if places:
+        where = origins["endpoints"]
+        values["endpoints_from"] = "argument" if where == "endpoints" else where.removesuffix(": endpoints")
+    values["endpoints"] = tuple(each for each in places if isinstance(each, Endpoint))
+    values["sources"] = tuple(each for each in places if isinstance(each, EndpointSource))
     return Settings(**values)
 
 
@@ -863,6 +1102,9 @@ def from_environment(setting: Setting | str) -> tuple[Any, str] | None:
 
 def _check_together(values: dict[str, Any], origins: Mapping[str, str]) -> None:
     """Complete *values* where a default follows another value; refuse those that contradict each other."""
+    if values.get("strategy_options"):
+        strategy = values.get("strategy", _DEFAULTS["strategy"])
+        _check_strategy_options(strategy, values["strategy_options"], origins["strategy_options"])
     poll = values.get("poll_interval", _DEFAULTS["poll_interval"])
     for name, why in (
         ("health_check_interval", "a server that is down would be asked more often than a healthy one"),

@@ -168,7 +168,8 @@ class PolledEndpoint:
     def __init__(self, id: str, url: str, source: Source, settings: Settings, *, local: bool | None) -> None:
         self.id = id
         self.url = url
-        self.draining = False
+        self.drained = False  # by the user
+        self.leaving = False  # its source lists it no more
         self._source = source
         self._local = local
         self._timeout = settings.endpoint_timeout
@@ -197,6 +198,11 @@ class PolledEndpoint:
     def description(self) -> str:
         """Where the readings come from, for people."""
         return getattr(self._source, "description", self.url)
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is granted at it."""
+        return self.drained or self.leaving
 
     @property
     def open(self) -> bool:

@@ -16,8 +16,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Union
 
 from gpupool_sync.clock import Deadline
+from gpupool_sync.discovery import Found, Watch
 from gpupool_sync.endpoint import PolledEndpoint
 from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Snapshot
@@ -41,8 +43,12 @@ NUDGE_GAP = 0.5
 STRAGGLERS = 0.25
 
 
+#: What is on the schedule: endpoints, and sources of endpoints.
+Polled = Union[PolledEndpoint, Watch]  # noqa: UP007 - an alias that runs on Python 3.10
+
+
 class _Entry:
-    """The schedule's view of one endpoint; touched by the scheduling thread only."""
+    """The schedule's view of one endpoint or source; touched by the scheduling thread only."""
 
     __slots__ = (
         "asked",
@@ -59,7 +65,7 @@ class _Entry:
         "running",
     )
 
-    def __init__(self, endpoint: PolledEndpoint) -> None:
+    def __init__(self, endpoint: Polled) -> None:
         self.endpoint = endpoint
         self.due = 0.0  # time.monotonic()
         self.began = 0.0  # of the last poll
@@ -95,24 +101,26 @@ class _Lane:
 
 class Monitor:
     """
-    Polls every endpoint when it is due and hands each snapshot on as it arrives.
+    Polls every endpoint when it is due and hands each snapshot on as it arrives; likewise sources of endpoints.
 
-    *on_snapshot* and *on_failure* are called on worker threads, *housekeeping* on the scheduling thread at least
-    every `TICK` seconds; neither may block.  *housekeeping* returns False to say that nobody needs the monitor any
-    more.
+    *on_snapshot*, *on_found* and *on_failure* are called on worker threads, *housekeeping* on the scheduling thread at
+    least every `TICK` seconds; neither may block.  *housekeeping* returns False to say that nobody needs the monitor
+    any more.
     """
 
     def __init__(
         self,
-        endpoints: Iterable[PolledEndpoint],
+        endpoints: Iterable[Polled],
         *,
         on_snapshot: Callable[[Snapshot], None],
-        on_failure: Callable[[PolledEndpoint], None],
+        on_failure: Callable[[Polled], None],
+        on_found: Callable[[Found], None] = lambda found: None,
         housekeeping: Callable[[], bool],
         name: str,
     ) -> None:
         self._on_snapshot = on_snapshot
         self._on_failure = on_failure
+        self._on_found = on_found
         self._housekeeping = housekeeping
         self._name = name
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -188,7 +196,7 @@ class Monitor:
             entry.nudged = True
             self._commands.put(lambda: self._nudge(entry))
 
-    def add(self, endpoint: PolledEndpoint) -> None:
+    def add(self, endpoint: Polled) -> None:
         """Take an endpoint into the schedule; its first poll begins at once."""
         self._commands.put(lambda: self._add(endpoint))
 
@@ -334,7 +342,7 @@ class Monitor:
         elif not entry.queued and at < entry.due:
             self._schedule(entry, max(0.0, at - time.monotonic()))
 
-    def _add(self, endpoint: PolledEndpoint) -> None:
+    def _add(self, endpoint: Polled) -> None:
         entry = self._entries[endpoint.id] = _Entry(endpoint)
         self._schedule(entry, 0.0)
 
@@ -382,9 +390,9 @@ class Monitor:
         begin = time.monotonic()
         asked: float | None = None
         try:
-            snapshot = endpoint.poll()
+            result = endpoint.poll()
             if not self._stopping:
-                self._on_snapshot(snapshot)
+                self._on_found(result) if isinstance(result, Found) else self._on_snapshot(result)
         except GPUPoolError as exc:
             asked = exc.retry_after if isinstance(exc, EndpointUnavailable) else None
             if not self._stopping:

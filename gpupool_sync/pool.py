@@ -49,6 +49,7 @@ from gpupool_sync.table import Table
 from gpupool_sync.waiting import Waiter, WaitingRoom, listener
 
 if TYPE_CHECKING:
+    from gpupool_sync.discovery import Found, Watch
     from gpupool_sync.endpoint import PolledEndpoint
     from gpupool_sync.executor import GPUExecutor, GPUQueue
     from gpupool_sync.inherited import Inherited, Recipe
@@ -89,7 +90,20 @@ Names = Union[str, Sequence[str], None]  # noqa: UP007 - an alias that runs on P
 class _Engine:
     """What an open pool runs; replaced as a whole, so that no thread sees half of it."""
 
-    __slots__ = ("arbiter", "endpoints", "first", "inherited", "keeper", "monitor", "recipes", "servers", "unsubscribe")
+    __slots__ = (
+        "arbiter",
+        "endpoints",
+        "first",
+        "found",
+        "inherited",
+        "keeper",
+        "monitor",
+        "recipes",
+        "retired",
+        "servers",
+        "unsubscribe",
+        "watches",
+    )
 
     def __init__(
         self,
@@ -98,8 +112,15 @@ class _Engine:
         arbiter: LeaseStore,
         keeper: Keeper,
         inherited: Inherited | None,
+        watches: Mapping[str, Watch],
     ) -> None:
         self.endpoints = endpoints  # by id, in the order of the settings; replaced, never changed
+        #: Where endpoints are found, by id of the source.
+        self.watches = watches
+        #: What was found, by endpoint id: the source and the endpoint. Replaced, never changed.
+        self.found: Mapping[str, tuple[str, config.Endpoint]] = {}
+        #: Arbiters of endpoints that were removed while leases there went on.
+        self.retired: list[LeaseStore] = []
         self.monitor = monitor
         self.keeper = keeper
         #: Who arbitrates what no server of ours does.
@@ -111,7 +132,7 @@ class _Engine:
         #: The lease of the process that started this one; then nothing but its cards is offered.
         self.inherited = inherited
         #: Done when every endpoint has answered or failed once; None when nobody need wait for that any more.
-        self.first: Sequence[Any] | None = None
+        self.first: tuple[Any, ...] | None = None
         self.unsubscribe: list[Callable[[], None]] = []
 
     def store_of(self, endpoint_id: str) -> LeaseStore:
@@ -319,8 +340,9 @@ class GPUPool:
 
     Args:
         endpoints: URLs or `Endpoint` objects, or one comma-separated string; default `GPU_SERVICE_ENDPOINTS`, else
-            this machine's own GPUs.
+            this machine's own GPUs.  ``file:/path`` and ``dns+http://name:port`` are where endpoints are found.
         strategy: ``"availability"`` (default), ``"round_robin"``, ``"weighted"`` or an object with `order`.
+        strategy_options: of the strategy, such as ``{"spread": False}``: the highest share of free cards, literally.
         lease_store: who arbitrates; ``"host:"`` (default: kernel locks, among all processes and users of this
             machine), ``"host:/directory"``, ``"memory:"`` (this process only) or a `LeaseStore`.
         memory_threshold: percent; at or above it a reading vetoes its GPU (default 80).
@@ -349,6 +371,7 @@ class GPUPool:
         endpoints: Any = None,
         *,
         strategy: Any = None,
+        strategy_options: Mapping[str, Any] | None = None,
         lease_store: Any = None,
         memory_threshold: float | None = None,
         utilization_threshold: float | None = None,
@@ -366,6 +389,7 @@ class GPUPool:
     ) -> None:
         given = {
             "strategy": strategy,
+            "strategy_options": strategy_options,
             "lease_store": lease_store,
             "memory_threshold": memory_threshold,
             "utilization_threshold": utilization_threshold,
@@ -388,11 +412,13 @@ class GPUPool:
     def _setup(self, settings: config.Settings, on_lost: Callable[[Any], object] | None) -> None:
         self._settings = settings
         self._on_lost = on_lost
-        self._strategy = make_strategy(settings.strategy)
+        self._strategy = make_strategy(settings.strategy, settings.strategy_options)
         self._limits = Limits(settings.memory_threshold, settings.utilization_threshold)
         self._endpoint_configs: tuple[config.Endpoint, ...] = settings.endpoints
         # This machine's own cards, read without a server: what there is when no endpoint is configured.
-        self._reads_devices = not settings.endpoints
+        self._reads_devices = not settings.endpoints and not settings.sources
+        self._drained: frozenset[str] = frozenset()  # ids of the endpoints that the user drains
+        self._told_of: set[str] = set()  # what a warning was given of, once
         self._inherited = False  # came here by fork or in a pickle
         #: Called with an endpoint's id and whether it answered, after each poll, on its thread; must be quick.
         self._watchers: tuple[Callable[[str, bool], None], ...] = ()
@@ -478,6 +504,13 @@ class GPUPool:
             arbiter = self._make_store()
             made = [make_local_endpoint(settings)] if self._reads_devices else []
             made += [make_endpoint(each, settings) for each in self._endpoint_configs]
+        for each in made:
+            each.drained = each.id in self._drained
+        watches = {}
+        if inherited is None and settings.sources:
+            from gpupool_sync.discovery import Watch
+
+            watches = {source.spec: Watch(source, settings) for source in settings.sources}
         me = weakref.ref(self)
 
         # The threads must not keep a forgotten pool alive, so they see it through a weak reference.
@@ -486,7 +519,12 @@ class GPUPool:
             if pool is not None:
                 pool._on_snapshot(snapshot)
 
-        def on_failure(endpoint: PolledEndpoint) -> None:
+        def on_found(found: Found) -> None:
+            pool = me()
+            if pool is not None:
+                pool._on_found(found)
+
+        def on_failure(endpoint: PolledEndpoint | Watch) -> None:
             pool = me()
             if pool is not None:
                 pool._last_free.pop(endpoint.id, None)
@@ -506,15 +544,18 @@ class GPUPool:
             return True
 
         monitor = Monitor(
-            made,
+            [*made, *watches.values()],
             on_snapshot=on_snapshot,
+            on_found=on_found,
             on_failure=on_failure,
             housekeeping=housekeeping,
             name=self._thread_name(),
         )
-        engine = _Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost), inherited)
+        engine = _Engine(
+            {endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost), inherited, watches
+        )
         engine.unsubscribe.append(arbiter.subscribe(self._waiting.hint))
-        engine.first = monitor.poll_soon(engine.endpoints)
+        engine.first = tuple(monitor.poll_soon([*engine.endpoints, *watches]))
         _register_exit_hook()
         self._engine = engine
         monitor.start()
@@ -614,12 +655,15 @@ class GPUPool:
         if snapshot.is_local and _has_locks_of(engine.arbiter, offer):
             return
         with self._lifecycle, _opening:
-            mine = next((each for each in self._endpoint_configs if each.id == snapshot.endpoint_id), None)
+            mine = next((each for each in self._configs(engine) if each.id == snapshot.endpoint_id), None)
             if mine is None or snapshot.endpoint_id in engine.servers or engine is not self._engine:
                 return
             from gpupool_sync.leases.http import HTTPStore
 
-            settings = attrs.evolve(self._settings, endpoints=(), strategy="availability")  # what can be pickled
+            # What can be pickled, and no credentials of others.
+            settings = attrs.evolve(
+                self._settings, endpoints=(), sources=(), strategy="availability", strategy_options=None
+            )
             store = HTTPStore(mine, settings)
             engine.recipes[id(store)] = HTTPStore, (mine, settings)
             engine.unsubscribe.append(store.subscribe(self._waiting.hint))
@@ -646,7 +690,7 @@ class GPUPool:
                 return
         narrow = [
             each.id
-            for each in self._endpoint_configs
+            for each in self._configs(engine)
             if each.id in snapshots
             and not each.is_loopback
             and not snapshots[each.id].is_local
@@ -719,11 +763,13 @@ class GPUPool:
         # the next one.
         for unsubscribe in engine.unsubscribe:
             unsubscribe()
+        for watch in engine.watches.values():
+            watch.abort()
         for endpoint in engine.endpoints.values():
             endpoint.abort()
         engine.monitor.stop(timeout)
         engine.keeper.stop(timeout)
-        for store in engine.servers.values():
+        for store in (*engine.servers.values(), *engine.retired):
             store.close()
         for endpoint in engine.endpoints.values():
             endpoint.close()
@@ -761,10 +807,18 @@ class GPUPool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Settings only (credentials included): threads, leases and connections belong to this process.
-        return _rebuild, (type(self), self._settings, self._endpoint_configs, self._reads_devices, self._on_lost)
+        return _rebuild, (
+            type(self),
+            self._settings,
+            self._endpoint_configs,
+            self._reads_devices,
+            self._on_lost,
+            self._drained,
+        )
 
     def __repr__(self) -> str:
         names = [*(["this machine"] if self._reads_devices else []), *(each.id for each in self._endpoint_configs[:5])]
+        names += [source.spec for source in self._settings.sources]
         if self._engine is not None and self._engine.inherited is not None:
             names = [f"what this process has from process {self._engine.inherited.pid}"]
         where = ", ".join(names) or "no endpoints"
@@ -794,7 +848,7 @@ class GPUPool:
         if engine is not None:
             for endpoint in engine.endpoints.values():
                 endpoint.forget_after_fork()
-            for server in engine.servers.values():
+            for server in (*engine.servers.values(), *engine.retired):
                 server.forget_after_fork()
 
     # -- the endpoints -----------------------------------------------------------------------------------------
@@ -818,14 +872,15 @@ class GPUPool:
         else:
             new = config.Endpoint(endpoint, **options)
         with self._lifecycle:
-            taken = {each.id: each.url for each in self._endpoint_configs}
+            engine = self._engine
+            taken = {each.id: each.url for each in self._configs(engine)}
             if self._reads_devices:
                 taken[local_endpoint_id()] = "local:"
             for old_id, old_url in taken.items():
                 if new.id == old_id or new.url == old_url:
                     raise ConfigError(f"endpoint {new.id}: the pool has {old_id} already; give another name or URL")
             self._endpoint_configs = (*self._endpoint_configs, new)
-            engine = self._engine
+            self._drained -= {new.id}
             if engine is not None and engine.inherited is None:
                 made = make_endpoint(new, self._settings)
                 engine.endpoints = {**engine.endpoints, made.id: made}
@@ -839,7 +894,9 @@ class GPUPool:
         Raises:
             ConfigError: no endpoint has that id.
         """
-        self._endpoint(endpoint_id).draining = True
+        with self._lifecycle:
+            self._endpoint(endpoint_id).drained = True
+            self._drained |= {endpoint_id}
         self._sights.clear()
 
     def remove_endpoint(self, endpoint_id: str) -> None:
@@ -849,22 +906,125 @@ class GPUPool:
         Raises:
             ConfigError: no endpoint has that id.
         """
-        endpoint = self._endpoint(endpoint_id)
         with self._lifecycle:
+            endpoint = self._endpoint(endpoint_id)
             self._endpoint_configs = tuple(each for each in self._endpoint_configs if each.id != endpoint_id)
             if endpoint.url == "local:":
                 self._reads_devices = False
-            engine = self._engine
-            if engine is not None:
-                engine.endpoints = {k: v for k, v in engine.endpoints.items() if k != endpoint_id}
-                engine.monitor.remove(endpoint_id)
-        self._table.forget(endpoint_id)
-        with self._local_lock:
-            self._local_ids -= {endpoint_id}
-        self._last_free.pop(endpoint_id, None)
+            self._drained -= {endpoint_id}
+            if self._engine is not None:
+                self._take_out_locked(self._engine, endpoint)
         endpoint.abort()
         endpoint.close()
         self._tell_watchers(endpoint_id, True)  # nobody need wait for it any more
+
+    def _take_out_locked(self, engine: _Engine, endpoint: PolledEndpoint) -> None:
+        engine.endpoints = {k: v for k, v in engine.endpoints.items() if k != endpoint.id}
+        engine.monitor.remove(endpoint.id)
+        server = engine.servers.get(endpoint.id)
+        if server is not None:
+            # Leases there go on. Another endpoint of this name is another server.
+            engine.retired.append(server)
+            engine.servers = {k: v for k, v in engine.servers.items() if k != endpoint.id}
+        self._table.forget(endpoint.id)
+        with self._local_lock:
+            self._local_ids -= {endpoint.id}
+        self._last_free.pop(endpoint.id, None)
+
+    def _configs(self, engine: _Engine | None) -> list[config.Endpoint]:
+        """What is configured, and what was found."""
+        found = engine.found.values() if engine is not None else ()
+        return [*self._endpoint_configs, *(endpoint for _, endpoint in found)]
+
+    def _on_found(self, found: Found) -> None:
+        """A source was looked at (on a worker thread)."""
+        gone: list[PolledEndpoint] = []
+        with self._lifecycle:
+            engine = self._engine
+            if engine is None or self._closed or found.source not in engine.watches:
+                return
+            wanted = {each.id: each for each in found.endpoints}
+            mine = {name: each for name, (source, each) in engine.found.items() if source == found.source}
+            if wanted == mine and not any(each.leaving for each in engine.endpoints.values()):
+                return
+            for name, known in mine.items():
+                endpoint = engine.endpoints.get(name)
+                if endpoint is None:  # removed by the user; forgotten only when the source forgets it too
+                    if wanted.get(name) != known:
+                        engine.found = {k: v for k, v in engine.found.items() if k != name}
+                elif name in wanted and wanted[name] != known:  # another URL or other credentials
+                    self._take_out_locked(engine, endpoint)
+                    engine.found = {k: v for k, v in engine.found.items() if k != name}
+                    gone.append(endpoint)
+                elif endpoint.leaving != (name not in wanted):
+                    endpoint.leaving = name not in wanted
+                    logger.info(
+                        "endpoint %s is %s by %s",
+                        name,
+                        "not listed any more" if endpoint.leaving else "listed again",
+                        found.source,
+                    )
+            new = [each for name, each in wanted.items() if name not in engine.found]
+            self._add_found_locked(engine, found.source, new)
+        for endpoint in gone:
+            endpoint.abort()
+            endpoint.close()
+
+    def _add_found_locked(self, engine: _Engine, source: str, endpoints: Sequence[config.Endpoint]) -> None:
+        from gpupool_sync.endpoint import local_endpoint_id, make_endpoint
+
+        taken = {each.id: each for each in self._configs(engine)}
+        urls = {each.url: each for each in taken.values()}
+        added = {}
+        for each in endpoints:
+            other = taken.get(each.id) or urls.get(each.url)
+            if other is not None or (self._reads_devices and each.id == local_endpoint_id()):
+                if other != each and f"{source} {each.id}" not in self._told_of:
+                    self._told_of.add(f"{source} {each.id}")
+                    logger.warning(
+                        "%s lists endpoint %s (%s), whose id or URL the pool has already", source, each.id, each.url
+                    )
+                continue
+            made = added[each.id] = make_endpoint(each, self._settings)
+            made.drained = each.id in self._drained
+        if not added:
+            return
+        engine.found = {**engine.found, **{each.id: (source, each) for each in endpoints if each.id in added}}
+        engine.endpoints = {**engine.endpoints, **added}
+        for made in added.values():
+            engine.monitor.add(made)
+        if engine.first is not None:
+            # Who waits for the first reading waits for these as well.
+            engine.first = (*engine.first, *engine.monitor.poll_soon(added))
+        logger.info("%s lists %d more endpoints", source, len(added))
+
+    def _let_leave(self, engine: _Engine) -> None:
+        """Take out what no source lists any more, once nobody holds anything there; never waits."""
+        if not self._lifecycle.acquire(blocking=False):
+            return  # next time
+        try:
+            held = {
+                grant.snapshot.endpoint_id
+                for grant in list(self._grants.values())
+                if grant.snapshot is not None and grant.lease is not None
+            }
+            gone = [each for each in engine.endpoints.values() if each.leaving and each.id not in held]
+            for endpoint in gone:
+                self._take_out_locked(engine, endpoint)
+                engine.found = {k: v for k, v in engine.found.items() if k != endpoint.id}
+                logger.info("endpoint %s is gone", endpoint.id)
+            asked = {id(store) for grant in list(self._grants.values()) for store in grant.asked}
+            idle = [each for each in engine.retired if id(each) not in asked]
+            for store in idle:
+                engine.retired.remove(store)
+                engine.recipes.pop(id(store), None)
+        finally:
+            self._lifecycle.release()
+        for endpoint in gone:
+            endpoint.abort()
+            endpoint.close()
+        for store in idle:
+            store.close()
 
     def _endpoint(self, endpoint_id: str) -> PolledEndpoint:
         endpoints = self._opened().endpoints
@@ -892,27 +1052,35 @@ class GPUPool:
         return wait_for(futures, Deadline.after(timeout))
 
     def _first_reading(self, engine: _Engine, deadline: Deadline, *, stragglers: bool = True) -> None:
-        first = engine.first
-        if first is None:
+        if engine.first is None:
             return
         from gpupool_sync.monitor import wait_for
 
         table = self._table
         enough = (lambda: bool(table.view()[0])) if stragglers else None
-        # No poll takes longer than its timeout, but for a little scheduling.
-        longest = Deadline.after(self._settings.endpoint_timeout + 1.0)
-        mine = Deadline.after(deadline.within(self._settings.endpoint_timeout + 1.0))
-        if wait_for(first, mine, enough=enough) or table.view()[0] or longest.passed():
-            engine.first = None
+        while (first := engine.first) is not None:
+            # No poll takes longer than its timeout, but for a little scheduling.
+            longest = Deadline.after(self._settings.endpoint_timeout + 1.0)
+            mine = Deadline.after(deadline.within(self._settings.endpoint_timeout + 1.0))
+            complete = wait_for(first, mine, enough=enough)
+            if complete and engine.first is not first:
+                continue  # a source has listed more of them
+            if complete or table.view()[0] or longest.passed():
+                engine.first = None
+            return
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         """A poll arrived (on a worker thread)."""
         engine = self._engine
-        if engine is None or snapshot.endpoint_id not in engine.endpoints:
+        endpoint = engine.endpoints.get(snapshot.endpoint_id) if engine is not None else None
+        if engine is None or endpoint is None or endpoint.url != snapshot.url:
             return
         # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
         self._adopt_server(engine, snapshot)
         before = self._table.update(snapshot)
+        if engine.endpoints.get(snapshot.endpoint_id) is not endpoint:
+            self._table.forget(snapshot.endpoint_id)  # was taken out in between; a new one of its name polls soon
+            return
         self._tell_watchers(snapshot.endpoint_id, True)
         for problem in snapshot.sample.problems:
             if before is None or problem not in before.sample.problems:
@@ -962,6 +1130,8 @@ class GPUPool:
         engine = self._engine
         if engine is not None:
             engine.keeper.ensure_running()
+            if engine.retired or (engine.found and any(each.leaving for each in engine.endpoints.values())):
+                self._let_leave(engine)
         self._look_for_losses()
         for _ in range(len(self._leaving)):
             self._release(self._leaving.popleft())
@@ -1445,6 +1615,8 @@ class GPUPool:
         snapshots, _ = self._table.view()
         if any(endpoint_id not in snapshots for endpoint_id in engine.endpoints):
             return  # somebody has not answered yet: who knows
+        if not all(watch.known for watch in engine.watches.values()):
+            return  # where the endpoints are is not known yet, or not at the moment
         local_only = request.local is None and bool(self._local_ids)
         most = 0
         for endpoint_id in engine.endpoints:
@@ -1930,6 +2102,8 @@ class GPUPool:
                 )
                 for fault in snapshot.sample.faults
             ]
+        if engine is not None:
+            silent.update((watch.id, watch.why) for watch in engine.watches.values() if watch.why is not None)
         hint = None
         if request.endpoint and not any(name in endpoints or "://" in name for name in request.endpoint):
             hint = f"this pool has no endpoint {', '.join(request.endpoint)}; it has {', '.join(endpoints) or 'none'}"
@@ -2002,7 +2176,7 @@ class GPUPool:
 
     def _status(self, engine: _Engine) -> Status:
         """What is known without asking anybody."""
-        from gpupool_sync.status import CardStatus, EndpointStatus, Status, WorkerInfo
+        from gpupool_sync.status import CardStatus, EndpointStatus, SourceStatus, Status, WorkerInfo
 
         snapshots, duplicates = self._table.view()
         now = boottime()
@@ -2083,6 +2257,7 @@ class GPUPool:
                         *(snapshot.sample.problems if snapshot is not None else ()),
                         *(_fault_line(endpoint.id, fault) for fault in (snapshot.sample.faults if snapshot else ())),
                     ],
+                    origin=self._origin(engine, endpoint),
                 )
             )
         return Status(
@@ -2098,8 +2273,21 @@ class GPUPool:
             strategy=self._strategy.name,
             gpus=gpus,
             open=not self._closed,
+            sources=[SourceStatus(watch.id, len(watch.endpoints), watch.why) for watch in engine.watches.values()],
             taken_at=utc,
         )
+
+    def _origin(self, engine: _Engine, endpoint: PolledEndpoint) -> str:
+        """What named the endpoint."""
+        if endpoint.url == "local:":
+            return "this machine"
+        if endpoint.id in engine.found:
+            return engine.found[endpoint.id][0]
+        if engine.inherited is not None:
+            return "inherited"
+        if any(each.id == endpoint.id for each in self._settings.endpoints):
+            return self._settings.endpoints_from or ""
+        return "add_endpoint"
 
     def leases(self) -> LeasesStatus:
         """
@@ -2464,11 +2652,13 @@ def _rebuild(
     endpoints: tuple[config.Endpoint, ...],
     reads_devices: bool,
     on_lost: Callable[[Any], object] | None,
+    drained: frozenset[str] = frozenset(),
 ) -> GPUPool:
     pool = cls.__new__(cls)
     pool._setup(settings, on_lost)
     pool._endpoint_configs = endpoints
     pool._reads_devices = reads_devices
+    pool._drained = drained
     pool._inherited = True
     return pool
 

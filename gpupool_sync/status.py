@@ -287,6 +287,16 @@ class EndpointStatus(EndpointInfo):
     arbiter: str = ""
     scope: str = ""
     problems: Sequence[str] = ()
+    origin: str = ""  # what named it: "argument", a variable, a configuration file, a source, "add_endpoint"
+
+
+@attrs.frozen
+class SourceStatus(_Jsonable):
+    """Where endpoints are found, and how many."""
+
+    source: str
+    endpoints: int
+    problem: str | None  # why it cannot be read now, or lists nothing
 
 
 @attrs.frozen
@@ -351,6 +361,7 @@ class Status(MultiEndpointPoolStatus):
     strategy: str = ""
     gpus: Sequence[CardStatus] = ()
     open: bool = True
+    sources: Sequence[SourceStatus] = ()
 
     def __str__(self) -> str:
         return (

@@ -14,7 +14,7 @@ import math
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -419,18 +419,19 @@ class UserStrategy(CountingStrategy):
 
 
 #: The strategies that settings can name.
-STRATEGIES: dict[str, Callable[[], CountingStrategy]] = {
+STRATEGIES: dict[str, Callable[..., CountingStrategy]] = {
     Availability.name: Availability,
     RoundRobin.name: RoundRobin,
     Weighted.name: Weighted,
 }
 
 
-def make_strategy(spec: object) -> CountingStrategy:
+def make_strategy(spec: object, options: Mapping[str, Any] | None = None) -> CountingStrategy:
     """
     Make the strategy that *spec* means.
 
     Args:
+        options: keyword arguments of a built-in strategy that *spec* names, as `config` has checked them.
         spec: the name of a built-in strategy ('-' and case do not matter); an object with a method `order`,
             and `feedback` and `name` if it likes; or a function that does what `order` does.
 
@@ -442,7 +443,7 @@ def make_strategy(spec: object) -> CountingStrategy:
     if isinstance(spec, str):
         factory = STRATEGIES.get(spec.strip().casefold().replace("-", "_"))
         if factory is not None:
-            return factory()
+            return factory(**(options or {}))
     elif isinstance(spec, type):
         raise ConfigError(f"strategy={spec.__name__}: this is a class; pass an object, such as {spec.__name__}()")
     elif callable(order := getattr(spec, "order", None)):

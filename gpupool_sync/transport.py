@@ -314,7 +314,8 @@ class Transport:
         if exchange.aborted or self._stopped.is_set():
             return self._unavailable("given up, its connections were closed")
         if link is None:
-            return self._unavailable(f"its connections cannot be set up: {_plain(str(exc))}")
+            # With the path of the file in it, which may be long, and the reason behind that.
+            return self._unavailable(f"its connections cannot be set up: {_plain(str(exc), 500)}")
         via = f" through the proxy {link.proxy}" if link.proxy else ""
         # Without TLS there is no tunnel: we only ever speak with the proxy.
         past_proxy = exchange.tunnelled and self._endpoint.url.startswith("https:")
@@ -386,10 +387,10 @@ def _inflated_as(window: int, body: bytes) -> bytes:
     return result
 
 
-def _plain(text: str) -> str:
-    """Text of unknown origin, fit for a log and a screen: escaped and at most 80 characters long."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:81])
-    return shown if len(shown) <= 80 else shown[:79] + "…"
+def _plain(text: str, most: int = 80) -> str:
+    """Text of unknown origin, fit for a log and a screen: escaped and at most *most* characters long."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def _mib(size: int) -> str:
@@ -737,12 +738,15 @@ class _Adapter(HTTPAdapter):
         retries: _Retry,
         context: _TLSContext | None,
         proxy_context: _TLSContext | None,
+        server_name: str | None = None,
     ) -> None:
         self._url = url
         self._proxy = proxy
         self._tls: dict[str, Any] = {}
         if context is not None:
             self._tls = {"ssl_context": context, "cert_reqs": context.verify_mode}
+            if server_name is not None:
+                self._tls["server_hostname"] = server_name
         self._proxy_tls: dict[str, Any] = {} if proxy_context is None else {"proxy_ssl_context": proxy_context}
         self._pool: HTTPConnectionPool | None = None
         super().__init__(pool_connections=1, pool_maxsize=_POOL_SIZE, max_retries=retries, pool_block=False)
@@ -809,6 +813,7 @@ class _Link:
                 "Accept": "application/json",
                 # A body is a few kB; what it would save, a decompression bomb costs.
                 "Accept-Encoding": "identity",
+                **_host_header(endpoint),
                 **dict(endpoint.headers),
             }
         )
@@ -834,7 +839,7 @@ class _Link:
             backoff_factor=0.02,
             backoff_max=1.0,
         )
-        adapter = _Adapter(endpoint.url, chosen or "", retries, context, proxy_context)
+        adapter = _Adapter(endpoint.url, chosen or "", retries, context, proxy_context, endpoint.server_name)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         shown = f"{proxy.hostname}:{proxy.port}" if proxy.port else proxy.hostname or ""
@@ -860,6 +865,14 @@ class _Link:
 
     def forget(self) -> None:
         self.adapter.forget()
+
+
+def _host_header(endpoint: Endpoint) -> dict[str, str]:
+    """The name that the URL has only the address of; nothing where the URL's own host is right."""
+    if endpoint.server_name is None:
+        return {}
+    port = urlsplit(endpoint.url).port
+    return {"Host": endpoint.server_name if port is None else f"{endpoint.server_name}:{port}"}
 
 
 def _credentials(endpoint: Endpoint) -> Callable[[requests.PreparedRequest], requests.PreparedRequest] | None:

@@ -513,6 +513,22 @@ def test_doctor_finds_wrong_and_contradicting_settings(server, monkeypatch, caps
     assert "GPU_POOL_TLL" in findings(answer, "warning")[0]["what"]
 
 
+def test_doctor_tells_of_a_configuration_file_that_all_may_read(server, monkeypatch, tmp_path, capsys):
+    """And of one that is wrong; neither with its secrets."""
+    path = tmp_path / "pool.toml"
+    path.write_text(f"[[endpoints]]\nurl = '{server.url}'\ntoken = 's3cr3t'\n")
+    path.chmod(0o644)
+    monkeypatch.setenv("GPU_POOL_CONFIG", str(path))
+    _, out, _ = run(capsys, "doctor")
+    assert f"chmod 600 {path}" in out
+    assert f"from {path}" in out
+    path.write_text("tokn = 's3cr3t'\n")
+    status, broken, _ = run(capsys, "doctor")
+    assert status == 1
+    assert f"{path}: tokn: there is no such setting" in broken
+    assert "s3cr3t" not in out + broken
+
+
 def test_doctor_shows_no_secrets(server, monkeypatch, capsys):
     """Passwords of the endpoints appear nowhere, reachable or not."""
     good = server.url.replace("http://", "http://ann:hunter2@")

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from gpupool_sync.models import Snapshot
 
 #: Variables that are ours and no pool's setting.
-OTHER_VARIABLES = {"GPU_POOL_VISIBLE", "GPU_POOL_LOCK_DIR", "GPU_POOL_PASSTHROUGH", "GPU_POOL_INHERITED"}
+OTHER_VARIABLES = {
+    "GPU_POOL_CONFIG",
+    "GPU_POOL_INHERITED",
+    "GPU_POOL_LOCK_DIR",
+    "GPU_POOL_PASSTHROUGH",
+    "GPU_POOL_VISIBLE",
+}
 #: Servers that are asked at the same time.
 AT_ONCE = 32
 #: UUIDs that a finding names; the rest is counted.
@@ -77,6 +83,7 @@ class EndpointReport:
     arbiter: str | None = None
     scope: str | None = None
     error: str | None = None
+    origin: str = ""  # what named it: "argument", a variable, a configuration file, a source
 
 
 @attrs.frozen
@@ -129,7 +136,8 @@ def examine(endpoints: str | None, timeout: float | None) -> Diagnosis:
     reports: list[EndpointReport] = []
     if settings is not None:
         reports = _endpoints(settings, findings)
-    machine = _this_machine(findings, needed=settings is not None and not settings.endpoints)
+    alone = settings is not None and not settings.endpoints and not settings.sources
+    machine = _this_machine(findings, needed=alone)
     order = {"problem": 0, "warning": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.level])
     return Diagnosis(not any(finding.level == "problem" for finding in findings), reports, machine, findings)
@@ -159,7 +167,12 @@ def _settings(endpoints: str | None, timeout: float | None, findings: list[Findi
             )
             settings = None
     findings += [
-        Finding("problem", "configuration", str(warning.message), "unset one of them, so that nobody is misled")
+        Finding(
+            "problem",
+            "configuration",
+            str(warning.message),
+            "unset one of them, so that nobody is misled" if "ignored" in str(warning.message) else "correct this",
+        )
         for warning in caught
     ]
     return settings
@@ -187,9 +200,16 @@ def _endpoints(settings: Settings, findings: list[Finding]) -> list[EndpointRepo
     from gpupool_sync.endpoint import make_endpoint, make_local_endpoint
 
     configured: dict[str, Endpoint] = {each.id: each for each in settings.endpoints}
-    made = [make_endpoint(each, settings) for each in settings.endpoints] or [make_local_endpoint(settings)]
+    origins = dict.fromkeys(configured, settings.endpoints_from or "")
+    for source, found in _sources(settings, findings).items():
+        for each in found:
+            if configured.setdefault(each.id, each) is each:
+                origins[each.id] = source
+    made = [make_endpoint(each, settings) for each in configured.values()]
+    if not settings.endpoints and not settings.sources:
+        made = [make_local_endpoint(settings)]
     try:
-        with ThreadPoolExecutor(min(AT_ONCE, len(made)), thread_name_prefix="gpupool-doctor") as executor:
+        with ThreadPoolExecutor(min(AT_ONCE, max(1, len(made))), thread_name_prefix="gpupool-doctor") as executor:
             try:
                 looks = dict(zip(made, executor.map(_look_at, made), strict=True))
             except BaseException:  # Ctrl-C must not wait for the slowest
@@ -200,13 +220,30 @@ def _endpoints(settings: Settings, findings: list[Finding]) -> list[EndpointRepo
         reports = []
         for endpoint, look in looks.items():
             arbiter, scope = arbiters.get(endpoint.id, (None, None))
-            reports.append(_report(endpoint, look, arbiter, scope))
+            report = _report(endpoint, look, arbiter, scope)
+            reports.append(attrs.evolve(report, origin=origins.get(endpoint.id, "this machine")))
             findings += _judge(endpoint, look, settings, configured.get(endpoint.id))
     finally:
         for endpoint in made:
             endpoint.close()
     findings += _same_hosts([look.snapshot for look in looks.values() if look.snapshot is not None])
     return reports
+
+
+def _sources(settings: Settings, findings: list[Finding]) -> dict[str, Sequence[Endpoint]]:
+    """What each source lists."""
+    from gpupool_sync.discovery import Watch
+
+    found: dict[str, Sequence[Endpoint]] = {}
+    for source in settings.sources:
+        watch = Watch(source, settings)
+        found[source.spec] = watch.poll().endpoints
+        if watch.why is not None:
+            what = "the file" if source.path is not None else "the name and the name server"
+            findings.append(
+                Finding("problem", source.spec, watch.why, f"look at {what}; it is read again all the time")
+            )
+    return found
 
 
 def _arbiters(settings: Settings, findings: list[Finding]) -> dict[str, tuple[str, str]]:
@@ -218,7 +255,7 @@ def _arbiters(settings: Settings, findings: list[Finding]) -> dict[str, tuple[st
         warnings.simplefilter("ignore")
         try:
             pool = GPUPool(
-                settings.endpoints or None,
+                [*settings.endpoints, *settings.sources] or None,
                 lease_store=settings.lease_store,
                 endpoint_timeout=settings.endpoint_timeout,
                 endpoint_max_retries=settings.endpoint_max_retries,
@@ -462,7 +499,10 @@ def _show(diagnosis: Diagnosis) -> None:
         line(text, "✓", "bold green")
 
     for each in diagnosis.endpoints:
-        console.print(Text.assemble((plain(each.endpoint_id), "bold"), "  ", (plain(each.url), "dim")))
+        where_from = f"  from {plain(each.origin)}" if each.origin else ""
+        console.print(
+            Text.assemble((plain(each.endpoint_id), "bold"), "  ", (plain(each.url), "dim"), (where_from, "dim"))
+        )
         if each.reachable:
             took = milliseconds(each.round_trip_ms)
             good(f"answers in {took} ({each.protocol}); its sample is {seconds(each.age)} old")

@@ -107,6 +107,9 @@ def summary(state: Status) -> str:
         assert isinstance(each, EndpointStatus)
         if not each.is_healthy:
             line += f"; {plain(each.endpoint_id)}: {plain(each.last_error or 'no answer yet')}"
+    for source in state.sources:
+        if source.problem:
+            line += f"; {plain(source.source)}: {plain(source.problem)}"
     return line
 
 
@@ -123,7 +126,8 @@ def render(state: Status) -> RenderableType:
     from rich.text import Text
 
     servers = make_table(
-        "Endpoint", "URL", "State", "Breaker", "Free", "Response", "Age", "Leases by", right=("Free", "Response", "Age")
+        *("Endpoint", "URL", "State", "Breaker", "Free", "Response", "Age", "Leases by", "From"),
+        right=("Free", "Response", "Age"),
     )
     notes: list[Text] = []
     endpoints = [each for each in state.endpoints if isinstance(each, EndpointStatus)]
@@ -137,10 +141,14 @@ def render(state: Status) -> RenderableType:
             Text(milliseconds(each.response_time_ms)),
             Text("–" if each.age is None else seconds(each.age)),
             Text(f"{plain(each.arbiter)} ({plain(each.scope)})"),
+            Text(plain(each.origin)),
         )
         if each.last_error:
             notes.append(Text(f"{plain(each.endpoint_id)}: {plain(each.last_error)}", style="red"))
         notes += [Text(f"{plain(each.endpoint_id)}: {plain(problem)}", style="yellow") for problem in each.problems]
+    notes += [
+        Text(f"{plain(each.source)}: {plain(each.problem)}", style="red") for each in state.sources if each.problem
+    ]
     parts: list[RenderableType] = [servers, Text("")]
     if state.gpus:
         cards = make_table("GPU", "Model", "Memory", "Load", "Temp", "Holder", right=("Memory", "Load", "Temp"))
