@@ -1495,6 +1495,8 @@ class GPUPool:
         if bound and self._local_ids and request.local is not False and not request.uuid:
             # CUDA of this process will never see another card: one that it cannot use is of no use to it.
             request = attrs.evolve(request, uuid=bound)
+        if request.exclude:
+            self._warn_of_unknown(engine, request.exclude)
         self._counters.add("requests")
         many = len(engine.endpoints) > MANY_ENDPOINTS
         seen = self._glance(engine, request) if many else self._look(engine, request)
@@ -2105,7 +2107,10 @@ class GPUPool:
         if engine is not None:
             silent.update((watch.id, watch.why) for watch in engine.watches.values() if watch.why is not None)
         hint = None
-        if request.endpoint and not any(name in endpoints or "://" in name for name in request.endpoint):
+        unknown = self._unknown(engine, request.exclude) if engine is not None and request.exclude else []
+        if unknown:
+            hint = f"exclude: this pool has no {', '.join(unknown)}"
+        elif request.endpoint and not any(name in endpoints or "://" in name for name in request.endpoint):
             hint = f"this pool has no endpoint {', '.join(request.endpoint)}; it has {', '.join(endpoints) or 'none'}"
         elif request.count > 1:
             best, most = max(free_at.items(), key=lambda item: item[1], default=("none", 0))
@@ -2120,6 +2125,35 @@ class GPUPool:
             elsewhere=elsewhere,
             waiting=len(self._waiting),
         )
+
+    def _unknown(self, engine: _Engine, names: Sequence[str]) -> list[str]:
+        """Names that no endpoint and no card has; empty as long as some endpoint has not answered."""
+        snapshots, _ = self._table.view()
+        if any(each not in snapshots for each in engine.endpoints) or not all(
+            watch.known for watch in engine.watches.values()
+        ):
+            return []
+        known = set(engine.endpoints)
+        uuids = []
+        for snapshot in snapshots.values():
+            known.update(card.global_gpu_id for card in snapshot.cards)
+            uuids += [card.reading.uuid for card in snapshot.cards if card.reading.uuid is not None]
+            for fault in snapshot.sample.faults:
+                known.add(f"{snapshot.endpoint_id}:{fault.local_gpu_id}")
+                uuids += [fault.uuid] if fault.uuid is not None else []
+        return [name for name in names if name not in known and not any(uuid.startswith(name) for uuid in uuids)]
+
+    def _warn_of_unknown(self, engine: _Engine, names: Sequence[str]) -> None:
+        """Once: an exclusion that excludes nothing is most likely mistyped."""
+        unknown = [name for name in self._unknown(engine, names) if f"exclude {name}" not in self._told_of]
+        if unknown:
+            self._told_of.update(f"exclude {name}" for name in unknown)
+            warnings.warn(
+                f"exclude: this pool has no {', '.join(unknown)}, so nothing is excluded by that; it has the endpoints "
+                f"{', '.join(list(engine.endpoints)[:5]) or '(none)'}",
+                UserWarning,
+                stacklevel=_user_stacklevel(),
+            )
 
     def _verdicts(
         self, engine: _Engine, snapshot: Snapshot, request: GPURequest

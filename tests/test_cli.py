@@ -513,6 +513,33 @@ def test_doctor_finds_wrong_and_contradicting_settings(server, monkeypatch, caps
     assert "GPU_POOL_TLL" in findings(answer, "warning")[0]["what"]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GPU_SERVICE_ENDPONTS", "GPU_SERVICE_ENDPOINTS"),
+        ("GPU_POLING_INTERVAL", "GPU_POLLING_INTERVAL"),
+        ("gpu_service_endpoints", "GPU_SERVICE_ENDPOINTS"),
+        ("GPUS_POOL_TTL", "GPU_POOL_TTL"),
+        ("GPU_POOL_CONFG", "GPU_POOL_CONFIG"),
+        ("GPU_POOL_COLOUR", None),
+    ],
+)
+def test_doctor_names_what_a_mistyped_variable_may_mean(name, meant, server, monkeypatch, capsys):
+    """A variable that is nearly one of ours, or begins like them, is most likely a mistake."""
+    monkeypatch.setenv(name, "x")
+    status, out, _ = run(capsys, "doctor", "--endpoints", server.url)
+    assert status == 0
+    assert f"the variable {name} is none of ours" in out
+    assert (f"{meant} may be meant" in out) is (meant is not None)
+
+
+@pytest.mark.parametrize("name", ["GPU_DEVICE_ORDINAL", "GPU_MAX_HW_QUEUES", "GPU_POOL_VISIBLE", "GPU_POOL_LOCK_DIR"])
+def test_doctor_leaves_the_variables_of_others_alone(name, server, monkeypatch, tmp_path, capsys):
+    """Drivers and other programs have variables that begin with GPU_, too."""
+    monkeypatch.setenv(name, str(tmp_path) if name.endswith("DIR") else "index")
+    assert "none of ours" not in run(capsys, "doctor", "--endpoints", server.url)[1]
+
+
 def test_doctor_tells_of_a_configuration_file_that_all_may_read(server, monkeypatch, tmp_path, capsys):
     """And of one that is wrong; neither with its secrets."""
     path = tmp_path / "pool.toml"

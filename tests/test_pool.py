@@ -776,6 +776,38 @@ def test_an_unknown_endpoint_is_named(pool):
         pool.acquire(endpoint="gpu7")
 
 
+def test_an_exclusion_of_nothing_is_told(pool):
+    """A typo in ``exclude=`` is answered once by a warning, and by explain() each time; names that exist are not."""
+    (here,) = pool._engine.endpoints if pool._engine else (pool.status().endpoints[0].endpoint_id,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for known in (f"{here}:1", "GPU-00000001", "GPU-0000000"):
+            if known == "GPU-0000000":  # of both cards: excludes them, and is no typo
+                assert pool.explain(exclude=known).hint is None
+                continue
+            with pool.gpu(exclude=known) as gpu:
+                assert gpu.uuid == "GPU-00000000"
+    with pytest.warns(
+        UserWarning, match=f"no gpu7, server1:0, so nothing is excluded by that; it has.*{here}"
+    ) as caught:
+        pool.acquire(exclude=["gpu7", f"{here}:1", "server1:0"]).release()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.acquire(exclude=["gpu7"]).release()
+    assert pool.explain(exclude=["gpu7"]).hint == "exclude: this pool has no gpu7"
+
+
+def test_an_exclusion_is_not_judged_before_all_have_answered(monkeypatch, cards):
+    """The name may be that of a card of a server that is down."""
+    with local_pool(monkeypatch, cards) as pool:
+        pool.add_endpoint("http://127.0.0.1:9", name="far")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pool.acquire(exclude="far:0").release()
+        assert pool.explain(exclude="far:0").hint is None
+
+
 def test_a_misspelt_argument_is_named_by_the_method(pool):
     """The error is about the method that the user called."""
     with pytest.raises(TypeError, match=r"gpu\(\).*modle"):

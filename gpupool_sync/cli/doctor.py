@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import time
@@ -39,6 +40,8 @@ OTHER_VARIABLES = {
     "GPU_POOL_PASSTHROUGH",
     "GPU_POOL_VISIBLE",
 }
+#: How much alike two names of variables must be for one to be taken for a mistyped other, 0 to 1.
+ALIKE = 0.85
 #: Servers that are asked at the same time.
 AT_ONCE = 32
 #: UUIDs that a finding names; the rest is counted.
@@ -147,16 +150,20 @@ def _settings(endpoints: str | None, timeout: float | None, findings: list[Findi
     from gpupool_sync import config
 
     known = {variable for setting in config.SETTINGS for variable in setting.variables} | OTHER_VARIABLES
-    findings += [
-        Finding(
-            "warning",
-            "configuration",
-            f"the variable {name} is none of ours, so it has no effect",
-            "look for a mistyped name; docs/configuration.md lists all",
+    for name in sorted(os.environ):
+        # Other programs have variables that begin with GPU_, too: those that look like none of ours are theirs.
+        meant = difflib.get_close_matches(name.upper(), known, 1, ALIKE) if name.upper().startswith("GPU") else []
+        if name in known or not (meant or name.startswith("GPU_POOL_")):
+            continue
+        findings.append(
+            Finding(
+                "warning",
+                "configuration",
+                f"the variable {name} is none of ours, so it has no effect"
+                + (f"; {meant[0]} may be meant" if meant else ""),
+                f"rename it to {meant[0]}, or unset it" if meant else "docs/configuration.md lists all there are",
+            )
         )
-        for name in sorted(os.environ)
-        if name.startswith("GPU_POOL_") and name not in known
-    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
