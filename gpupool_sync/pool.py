@@ -41,7 +41,7 @@ from gpupool_sync.errors import (
     PoolClosed,
 )
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, _Handle, bound_to, forget_mask
-from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, Queued, Share, Wanted
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseInfo, LeaseStore, NotAsked, Queued, Share, Wanted
 from gpupool_sync.leases.shared import CLOSED
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest, LeaseOffer, Reason, Snapshot
 from gpupool_sync.strategies import make_strategy
@@ -1841,7 +1841,8 @@ class GPUPool:
         queue: bool,
         reserve: bool = True,
     ) -> bool:
-        if store not in grant.asked:
+        anew = store not in grant.asked
+        if anew:
             grant.asked.append(store)
         claim = Claim(
             id=grant.id,
@@ -1862,7 +1863,11 @@ class GPUPool:
         except LeaseStoreError as exc:
             # Fail closed: an arbiter that cannot be asked grants nothing. The others still may.
             self._counters.add("store_errors")
-            logger.warning("no lease from %s: %s", store.description, exc)
+            if anew and isinstance(exc, NotAsked):
+                grant.asked.remove(store)
+            # Waiters come here each second; that the server wants patience was told with its answer.
+            level = logging.INFO if isinstance(exc, NotAsked) else logging.WARNING
+            logger.log(level, "no lease from %s: %s", store.description, exc)
             grant.problems[id(store)] = f"no lease from {store.description}: {exc}"
             return False
         except LeaseLost:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import attrs
 
+from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.models import Reason
 
 Scope = Literal["process", "container", "host", "everybody"]
@@ -152,6 +153,10 @@ Outcome = Granted | Queued | Refused
 #: Called with the ids of tickets that may have become servable. Must not block and must not raise; may be called on
 #: any thread, with no lock of the store held.
 Hint = Callable[[Iterable[str]], None]
+
+
+class NotAsked(LeaseStoreError):
+    """The arbiter was not even asked: a claim that it has never heard of need not be withdrawn."""
 
 
 class LeaseStore(Protocol):

@@ -27,6 +27,7 @@ from gpupool_sync.leases.base import (
     Hint,
     Lease,
     LeaseInfo,
+    NotAsked,
     Outcome,
     Queued,
     Refused,
@@ -35,7 +36,7 @@ from gpupool_sync.leases.base import (
 )
 from gpupool_sync.leases.documents import BadDocument, digest
 from gpupool_sync.leases.shared import Subscribers, is_open
-from gpupool_sync.transport import Answer, Transport
+from gpupool_sync.transport import Answer, Transport, retry_after
 
 #: Seconds that what an answer said of other holders is believed.
 HEARSAY_TIME = 2.0
@@ -91,10 +92,15 @@ class HTTPStore:
         # Set while there are tickets, or nobody should wait for one.
         self._awake = threading.Event()
         self._closed = False
+        self._not_before = 0.0  # by our clock: until then the server asked to be left alone
 
     # -- claiming ----------------------------------------------------------------------------------------------
 
     def claim(self, claim: Claim) -> Outcome:
+        left = self._not_before - self._clock()
+        if left > 0:
+            # Renewals and releases are sent all the same: they are few, and others wait for what they do.
+            raise NotAsked(f"{self.description}: not asked, it wants to be left alone for {left:.0f} more s")
         self._settle()
         if claim.queue:
             # Before the request: a hint may overtake its answer.
@@ -371,9 +377,12 @@ class HTTPStore:
 
     def _post(self, path: str, body: Mapping[str, object], timeout: float) -> Answer:
         try:
-            return self._transport.post(path, body, Deadline.after(timeout))
+            answer = self._transport.post(path, body, Deadline.after(timeout))
         except (EndpointUnavailable, BadAnswer) as exc:
             raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
+        if answer.status == 429:  # 503 is said of this one request, by servers of ours that are busy
+            self._not_before = self._clock() + (retry_after(answer) or 0.0)
+        return answer
 
     def _get(self, path: str) -> Mapping[str, Any]:
         try:
