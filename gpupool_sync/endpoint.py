@@ -6,6 +6,7 @@ Every error of a library or a server becomes ours here or in `transport`, once.
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import math
 import random
@@ -13,7 +14,7 @@ import re
 import socket
 import threading
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 import pybreaker
@@ -25,6 +26,9 @@ from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Card, Sample, Snapshot, card_key
 from gpupool_sync.transport import Transport, retry_after
 
+if TYPE_CHECKING:
+    from gpupool_sync.leases.base import LeaseStore
+
 logger = logging.getLogger(__name__)
 
 #: Response times are the mean of so many last successes.
@@ -35,6 +39,9 @@ FIRST_SHARE = 0.1
 FIRST_PAUSE = 0.125
 #: pybreaker would end the open period by the wall clock, which steps; the monitor ends it by the monotonic one.
 _NEVER = 100 * 365 * 86400.0
+
+
+_serials = itertools.count(1)
 
 
 class Source(Protocol):
@@ -168,6 +175,10 @@ class PolledEndpoint:
     def __init__(self, id: str, url: str, source: Source, settings: Settings, *, local: bool | None) -> None:
         self.id = id
         self.url = url
+        #: Tells this object's snapshots from those of others of the same id.
+        self.serial = next(_serials)
+        #: By which its server arbitrates its own cards; set once, before any of its snapshots is granted from.
+        self.server: LeaseStore | None = None
         self.drained = False  # by the user
         self.leaving = False  # its source lists it no more
         self._source = source
@@ -278,7 +289,7 @@ class PolledEndpoint:
         cards = tuple(
             Card(key=card_key(self.url, reading), endpoint_id=self.id, reading=reading) for reading in sample.gpus
         )
-        return Snapshot(endpoint_id=self.id, url=self.url, sample=sample, cards=cards, received_at=now, is_local=local)
+        return Snapshot(self.id, self.url, sample, cards, received_at=now, is_local=local, serial=self.serial)
 
     def _succeeded(self, elapsed: float) -> None:
         with self._lock:

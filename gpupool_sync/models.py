@@ -138,6 +138,8 @@ class Snapshot:
     received_at: float  # clock.boottime()
     #: The cards are in this very machine.
     is_local: bool = False
+    #: Of the `PolledEndpoint` that polled: ids and URLs are used again by endpoints that are added later.
+    serial: int = 0
 
     def age(self, now: float) -> float:
         """Seconds since the server took the sample; *now* is a `clock.boottime`."""

@@ -143,17 +143,20 @@ class _Engine:
 class _Seen:
     """One endpoint that may grant now, seen through one request."""
 
-    __slots__ = ("endpoint", "free", "settled", "snapshot", "view", "wanted")
+    __slots__ = ("endpoint", "free", "settled", "snapshot", "store", "view", "wanted")
 
     def __init__(
         self,
         endpoint: PolledEndpoint,
+        store: LeaseStore,
         snapshot: Snapshot,
         free: Sequence[Card],
         wanted: Sequence[Card],
         load: float,
     ) -> None:
         self.endpoint = endpoint
+        #: Who arbitrates its cards. Not looked up again by its id, which may soon be that of another endpoint.
+        self.store = store
         self.snapshot = snapshot
         self.free = free  # would do, and not leased as far as is known
         self.wanted = wanted  # would do, leased or not: what a ticket names
@@ -640,24 +643,26 @@ class GPUPool:
             return shared_store()
         return host_store()
 
-    def _adopt_server(self, engine: _Engine, snapshot: Snapshot) -> None:
+    def _adopt_server(self, engine: _Engine, endpoint: PolledEndpoint, snapshot: Snapshot) -> bool:
         """
         Let a server of ours arbitrate its own cards, unless the user chose an arbiter for everything.
 
         This machine's own cards stay with the kernel locks that its server uses too, if it is the same directory: a
         process in a container mostly sees another one by that path, and asks the server.
+
+        False: the endpoint was removed meanwhile, and nothing may be granted from the snapshot.
         """
         offer = snapshot.sample.leases
-        if offer is None or snapshot.endpoint_id in engine.servers or self._settings.lease_store is not None:
-            return
+        if offer is None or endpoint.server is not None or self._settings.lease_store is not None:
+            return True
         if engine.inherited is not None:
-            return
+            return True
         if snapshot.is_local and _has_locks_of(engine.arbiter, offer):
-            return
+            return True
         with self._lifecycle, _opening:
-            mine = next((each for each in self._configs(engine) if each.id == snapshot.endpoint_id), None)
-            if mine is None or snapshot.endpoint_id in engine.servers or engine is not self._engine:
-                return
+            mine = next((each for each in self._configs(engine) if each.id == endpoint.id), None)
+            if mine is None or engine.endpoints.get(endpoint.id) is not endpoint or engine is not self._engine:
+                return False
             from gpupool_sync.leases.http import HTTPStore
 
             # What can be pickled, and no credentials of others.
@@ -667,8 +672,10 @@ class GPUPool:
             store = HTTPStore(mine, settings)
             engine.recipes[id(store)] = HTTPStore, (mine, settings)
             engine.unsubscribe.append(store.subscribe(self._waiting.hint))
-            engine.servers = {**engine.servers, snapshot.endpoint_id: store}
-        logger.info("leases on %s: %s (scope: %s)", snapshot.endpoint_id, store.description, store.scope)
+            engine.servers = {**engine.servers, endpoint.id: store}
+            endpoint.server = store
+        logger.info("leases on %s: %s (scope: %s)", endpoint.id, store.description, store.scope)
+        return True
 
     def _warn_of_scope(self, engine: _Engine) -> None:
         """Once: cards of other machines that are guarded among fewer than everybody who can reach them."""
@@ -1073,10 +1080,11 @@ class GPUPool:
         """A poll arrived (on a worker thread)."""
         engine = self._engine
         endpoint = engine.endpoints.get(snapshot.endpoint_id) if engine is not None else None
-        if engine is None or endpoint is None or endpoint.url != snapshot.url:
+        if engine is None or endpoint is None or endpoint.serial != snapshot.serial:
             return
         # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
-        self._adopt_server(engine, snapshot)
+        if not self._adopt_server(engine, endpoint, snapshot):
+            return
         before = self._table.update(snapshot)
         if engine.endpoints.get(snapshot.endpoint_id) is not endpoint:
             self._table.forget(snapshot.endpoint_id)  # was taken out in between; a new one of its name polls soon
@@ -1686,9 +1694,9 @@ class GPUPool:
             snapshot = snapshots.get(endpoint.id)
             if snapshot is None or endpoint.draining or endpoint.open or snapshot.sample.taken_at < oldest:
                 continue
-            if local_only and not snapshot.is_local:
+            if snapshot.serial != endpoint.serial or (local_only and not snapshot.is_local):
                 continue
-            store = engine.store_of(endpoint.id)
+            store = endpoint.server or engine.arbiter
             closed = store.closed()
             screened = self._screened(snapshot, request)
             if not (shared or closed or duplicates or screened.vetoed):  # mostly
@@ -1697,7 +1705,7 @@ class GPUPool:
                 if len(screened.eligible) >= request.count:
                     whole = len(free) == len(screened.eligible)
                     load = screened.load if whole else sum([card.reading.load for card in free])
-                    seen.append(_Seen(endpoint, snapshot, free, screened.eligible, load))
+                    seen.append(_Seen(endpoint, store, snapshot, free, screened.eligible, load))
                 continue
             free, wanted = [], []
             for card, reason, held in usable(
@@ -1719,7 +1727,7 @@ class GPUPool:
                 if _shareable(store, card, request) if shared else not held:
                     free.append(card)
             if len(wanted) >= request.count:
-                seen.append(_Seen(endpoint, snapshot, free, wanted, sum([card.reading.load for card in free])))
+                seen.append(_Seen(endpoint, store, snapshot, free, wanted, sum([card.reading.load for card in free])))
         return seen
 
     def _glance(self, engine: _Engine, request: GPURequest) -> list[_Seen]:
@@ -1796,9 +1804,7 @@ class GPUPool:
                 return claims
             first = order[0]
             claims += 1
-            granted = self._claim(
-                engine.store_of(first.endpoint.id), grant, request, [(first, first.free)], queue=False
-            )
+            granted = self._claim(first.store, grant, request, [(first, first.free)], queue=False)
             self._strategy.feedback(first.endpoint.id, granted)
             if granted:
                 return claims
@@ -1820,8 +1826,7 @@ class GPUPool:
         offers += [(each, list(each.wanted)) for each in seen if id(each) not in chosen]
         by_store: dict[int, tuple[LeaseStore, list[tuple[_Seen, list[Card]]]]] = {}
         for each, cards in offers:
-            store = engine.store_of(each.endpoint.id)
-            by_store.setdefault(id(store), (store, []))[1].append((each, cards))
+            by_store.setdefault(id(each.store), (each.store, []))[1].append((each, cards))
         for number, (store, mine) in enumerate(by_store.values(), 1):
             if queue and store.needs_listener:
                 listener(store).listen_for(self._waiting)

@@ -614,6 +614,23 @@ def test_changes_by_many_threads(two):
     assert log.overlaps() == []
 
 
+def test_a_reading_of_a_removed_endpoint_is_not_granted_from(two):
+    """Its name may be another server's by now, with another arbiter; a poll that was under way must not matter."""
+    with make_pool([Endpoint(two[0].url, name="box")], poll_interval=60.0, health_check_interval=60.0) as pool:
+        pool.open(wait=True)
+        old = pool._table.view()[0]["box"]
+        pool.remove_endpoint("box")
+        pool._on_snapshot(old)
+        assert pool._table.view()[0] == {}
+        pool.add_endpoint("http://127.0.0.1:9", name="box")
+        pool._on_snapshot(old)
+        assert pool._table.view()[0] == {}
+        pool._table.update(old)  # even if it came in between two steps
+        with pytest.raises(AcquireTimeout):
+            pool.acquire(timeout=0)
+        assert pool.stats()["grants"] == 0
+
+
 @pytest.mark.real
 def test_another_server_under_the_name_of_a_removed_one():
     """Leases at the old one are renewed and released there; new ones come from the new one alone."""
