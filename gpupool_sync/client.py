@@ -135,7 +135,8 @@ class GPUWorkerPoolClient:
         if "endpoint_timeout" not in options and config.from_environment("endpoint_timeout") is None:
             options["endpoint_timeout"] = slow
         self._pool = GPUPool(several or one or None, **options)
-        self._multi = bool(several) or len(self._pool._settings.endpoints) > 1
+        settings = self._pool._settings
+        self._multi = bool(several) or len(settings.endpoints) > 1 or bool(settings.sources)
         # By worker id: what was granted and is not released yet. Single dict operations only, which are atomic.
         self._held: dict[str, tuple[GPUAssignment, _Acquiring[GPU], GPU]] = {}
         self._retries = _Retries()
