@@ -148,7 +148,7 @@ def _belongs(instance: Any, field: Any, value: Any) -> None:
     """A global id is made of the two ids beside it."""
     expected = f"{instance.endpoint_id}:{instance.local_gpu_id}"
     if value != expected:
-        _refuse(field, value, f"{expected}, as endpoint_id and local_gpu_id say,")
+        _refuse(field, value, f"{expected!r}, as endpoint_id and local_gpu_id say,")
 
 
 # --- the predecessor's models -------------------------------------------------------------------------
