@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 import pybreaker
@@ -22,6 +22,7 @@ import pybreaker
 from gpupool_sync import devices, wire
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.config import Endpoint, Settings
+from gpupool_sync.counting import Uptime, share_of, summary
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Card, Sample, Snapshot, card_key
 from gpupool_sync.transport import Transport, retry_after
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Response times are the mean of so many last successes.
+#: Response times are those of so many last successes.
 KEPT_RESPONSES = 100
 #: A reintroduced endpoint starts with this share of the decisions it would get.
 FIRST_SHARE = 0.1
@@ -143,7 +144,12 @@ class Numbers:
     successes: int = 0
     failures: int = 0
     consecutive_failures: int = 0
-    response_time_ms: float | None = None
+    response_seconds: float = 0.0  # of all successes
+    response_time_ms: float | None = None  # mean of the last successes
+    response_p50_ms: float | None = None
+    response_p95_ms: float | None = None
+    healthy_seconds: float = 0.0
+    watched_seconds: float = 0.0  # since the first poll ended
     last_seen: datetime.datetime | None = None  # aware, UTC
     last_error: str | None = None
     breaker: str = "closed"
@@ -153,8 +159,11 @@ class Numbers:
 
     @property
     def success_rate(self) -> float | None:
-        polls = self.successes + self.failures
-        return self.successes / polls if polls else None
+        return share_of(self.successes, self.successes + self.failures)
+
+    @property
+    def availability(self) -> float | None:
+        return share_of(self.healthy_seconds, self.watched_seconds)
 
 
 class _Listener(pybreaker.CircuitBreakerListener):
@@ -188,13 +197,14 @@ class PolledEndpoint:
         self._longest_pause = max(settings.health_check_interval, settings.poll_interval)
         self._breaker_failures = settings.breaker_failures
         self._make_locks()
-        self._numbers = Numbers()
+        self._numbers = self._window = Numbers()
+        self._uptime = Uptime()
         self._responses: deque[float] = deque(maxlen=KEPT_RESPONSES)  # seconds
         self._recovered_at: float | None = None
         self._opened = 0  # probes that failed in a row since the breaker opened
 
     def _make_locks(self) -> None:
-        # Guards _numbers, _responses, _recovered_at and _opened: counting only, no I/O, no logging.
+        # Guards _numbers, _window, _uptime, _responses, _recovered_at and _opened: counting only, no I/O, no logging.
         self._lock = threading.Lock()
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=self._breaker_failures,
@@ -226,12 +236,55 @@ class PolledEndpoint:
         return self._numbers.consecutive_failures > 0
 
     def numbers(self) -> Numbers:
-        """The counters, as one consistent value."""
+        """The counters since the beginning, as one consistent value."""
         with self._lock:
-            numbers = self._numbers
+            numbers = self._numbers_locked()
             responses = list(self._responses)
-        mean = 1000.0 * sum(responses) / len(responses) if responses else None
-        return attrs.evolve(numbers, response_time_ms=mean, reintroduced=self.reintroduced())
+        mean = sum(responses) / len(responses) if responses else None
+        spread = summary(sorted(responses))
+        return attrs.evolve(
+            numbers,
+            response_time_ms=_ms(mean),
+            response_p50_ms=_ms(spread["p50"]),
+            response_p95_ms=_ms(spread["p95"]),
+            reintroduced=self.reintroduced(),
+        )
+
+    def _numbers_locked(self) -> Numbers:
+        uptime = self._uptime
+        uptime.advance()
+        return attrs.evolve(self._numbers, healthy_seconds=uptime.healthy, watched_seconds=uptime.watched)
+
+    def stats(self, *, reset: bool = False, all_time: bool = False) -> dict[str, Any]:
+        """
+        The counters of the window, which ends with *reset*, or with *all_time* since the beginning; and what is now.
+        """
+        now = self.numbers()
+        with self._lock:
+            # Once more, as the window ends with exactly what is told: what is counted in between belongs to the next.
+            sums = self._numbers_locked()
+            before = Numbers() if all_time else self._window
+            if reset:
+                self._window = sums
+        successes = sums.successes - before.successes
+        failures = sums.failures - before.failures
+        watched = sums.watched_seconds - before.watched_seconds
+        healthy = sums.healthy_seconds - before.healthy_seconds
+        stats = {
+            "healthy": sums.healthy,
+            "breaker": sums.breaker,
+            "breaker_changes": sums.breaker_changes - before.breaker_changes,
+            "successes": successes,
+            "failures": failures,
+            "success_rate": share_of(successes, successes + failures),
+            "healthy_seconds": healthy,
+            "watched_seconds": watched,
+            "availability": share_of(healthy, watched),
+            "response_time_ms": now.response_time_ms,
+            "response_p50_ms": now.response_p50_ms,
+            "response_p95_ms": now.response_p95_ms,
+        }
+        return {**stats, "response_seconds": sums.response_seconds} if all_time else stats
 
     def reintroduced(self) -> float:
         """The share of its decisions that the endpoint gets, 0 to 1: less than 1 for a while after a recovery."""
@@ -295,10 +348,12 @@ class PolledEndpoint:
         with self._lock:
             before = self._numbers
             self._responses.append(elapsed)
+            self._uptime.note(True)
             self._opened = 0
             self._numbers = attrs.evolve(
                 before,
                 successes=before.successes + 1,
+                response_seconds=before.response_seconds + elapsed,
                 consecutive_failures=0,
                 last_seen=datetime.datetime.now(datetime.timezone.utc),
                 last_error=None,
@@ -313,6 +368,7 @@ class PolledEndpoint:
             before = self._numbers
             if before.breaker != "closed":
                 self._opened += 1
+            self._uptime.note(False)
             self._numbers = attrs.evolve(
                 before,
                 failures=before.failures + 1,
@@ -371,7 +427,12 @@ class PolledEndpoint:
         numbers = self._numbers
         self._make_locks()
         self._numbers = attrs.evolve(numbers, breaker="closed", consecutive_failures=0)
+        self._uptime, self._window = Uptime(), attrs.evolve(self._window, healthy_seconds=0.0, watched_seconds=0.0)
         self._source.forget_after_fork()
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000.0 * seconds
 
 
 def local_endpoint_id() -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from gpupool_sync.inherited import Bequest, Recipe
     from gpupool_sync.leases.base import Lease, LeaseStore
+    from gpupool_sync.models import EndpointView
 
 
 class Command:
@@ -69,6 +70,7 @@ class Grant:
         "cancelled",
         "cards",
         "children",
+        "choice",
         "delivered",
         "forgotten",
         "good_until",
@@ -99,6 +101,7 @@ class Grant:
         self.problems: dict[int, str] = {}  # by id of the arbiter: why it could not be asked last time
         self.cards: tuple[Card, ...] = ()
         self.snapshot: Snapshot | None = None
+        self.choice: Sequence[EndpointView] = ()  # the endpoints that the strategy could choose from
         self.delivered = False  # the caller has the handle
         self.forgotten = False  # the handle is gone, the lease is not
         self.released = False

@@ -117,6 +117,11 @@ class Keeper:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def threads(self) -> int:
+        """How many threads of this keeper are alive: its own, and one for each arbiter that is being asked."""
+        with self._lock:
+            return (self._thread is not None) + len(self._busy)
+
     def ensure_running(self) -> None:
         """Start the thread if there is something to keep and it does not run; supervision."""
         with self._lock:

@@ -16,9 +16,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Union
+from typing import Any, Union
 
 from gpupool_sync.clock import Deadline
+from gpupool_sync.counting import POLL_BOUNDS, Durations, summary
 from gpupool_sync.discovery import Found, Watch
 from gpupool_sync.endpoint import PolledEndpoint
 from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
@@ -133,8 +134,12 @@ class Monitor:
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._died = False  # the scheduling thread ended though nobody stopped it
-        self.polls = 0
-        self.poll_seconds = 0.0
+        # Guards the four below: additions and copies only.
+        self._count_lock = threading.Lock()
+        self._polls = 0
+        self._poll_seconds = 0.0
+        self._window = (0, 0.0)  # what they were when somebody began to count anew
+        self._durations = Durations(POLL_BOUNDS)
         self.restarts = 0
         for endpoint in endpoints:
             self._entries[endpoint.id] = _Entry(endpoint)
@@ -235,6 +240,21 @@ class Monitor:
         """How many threads of this monitor are alive."""
         thread = self._thread
         return len(self._workers()) + (1 if thread is not None and thread.is_alive() else 0)
+
+    def stats(self, *, reset: bool = False, all_time: bool = False) -> dict[str, Any]:
+        """Polls of the window, which ends with *reset*; or with *all_time* since the beginning, with a histogram."""
+        with self._count_lock:
+            polls, seconds = self._polls, self._poll_seconds
+            before = (0, 0.0) if all_time else self._window
+            recent = self._durations.recent(reset=reset)
+            histogram = self._durations.histogram() if all_time else {}
+            if reset:
+                self._window = polls, seconds
+        return {
+            "polls": polls - before[0],
+            "poll_seconds": seconds - before[1],
+            "poll": {**summary(sorted(recent)), **histogram},
+        }
 
     # -- the scheduling thread ---------------------------------------------------------------------------------
 
@@ -358,8 +378,11 @@ class Monitor:
         entry.not_before = 0.0 if asked is None else begin + asked
         self._lanes[entry.lane].started.pop(entry.endpoint.id, None)
         entry.running = False
-        self.polls += 1
-        self.poll_seconds += time.monotonic() - begin
+        elapsed = time.monotonic() - begin
+        with self._count_lock:
+            self._polls += 1
+            self._poll_seconds += elapsed
+            self._durations.add(elapsed)
         _settle(entry.round)
         if self._entries.get(entry.endpoint.id) is not entry:
             return

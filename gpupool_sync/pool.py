@@ -30,6 +30,7 @@ from gpupool_sync import config
 from gpupool_sync.bystanders import Bystanders, Claimed
 from gpupool_sync.choosing import Limits, Screened, is_empty, room_mb, screen, usable
 from gpupool_sync.clock import Deadline, boottime
+from gpupool_sync.counting import Counters, summary
 from gpupool_sync.errors import (
     AcquireTimeout,
     ConfigError,
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Waits and holds are summed up over so many of the last ones.
-KEPT_DURATIONS = 1000
 #: Lines that an error explains itself with; `explain` has them all.
 EXPLAINED_CARDS = 20
 #: Seconds of waiting after which a pool whose endpoints are all down says so once.
@@ -187,84 +186,6 @@ class _Sight:
         self.seen = seen
         #: Endpoints to look at again. A list, as appending is atomic.
         self.touched: list[str] = []
-
-
-class _Counters:
-    """What happened since the beginning, or since the last `pop_stats`."""
-
-    def __init__(self) -> None:
-        # Guards everything below: additions only.
-        self._lock = threading.Lock()
-        self._begin = time.monotonic()
-        self._counts: dict[str, int] = {}
-        self._waits: deque[float] = deque(maxlen=KEPT_DURATIONS)
-        self._holds: deque[float] = deque(maxlen=KEPT_DURATIONS)
-        self._grants: dict[str, int] = {}
-
-    def add(self, name: str, number: int = 1) -> None:
-        with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + number
-
-    def granted(self, endpoint_id: str, waited: float, claims: int, queued: bool) -> None:
-        with self._lock:
-            counts = self._counts
-            counts["grants"] = counts.get("grants", 0) + 1
-            counts["claims"] = counts.get("claims", 0) + claims
-            if queued:
-                counts["queued"] = counts.get("queued", 0) + 1
-            self._grants[endpoint_id] = self._grants.get(endpoint_id, 0) + 1
-            self._waits.append(waited)
-
-    def released(self, held: float) -> None:
-        with self._lock:
-            self._counts["releases"] = self._counts.get("releases", 0) + 1
-            self._holds.append(held)
-
-    def read(self, *, reset: bool) -> dict[str, Any]:
-        with self._lock:
-            now = time.monotonic()
-            seconds = now - self._begin
-            counts, grants = dict(self._counts), dict(self._grants)
-            waits, holds = sorted(self._waits), sorted(self._holds)
-            if reset:
-                self._begin = now
-                self._counts, self._grants = {}, {}
-                self._waits.clear()
-                self._holds.clear()
-        names = (
-            "requests",
-            "grants",
-            "releases",
-            "queued",
-            "timeouts",
-            "refused",
-            "claims",
-            "store_errors",
-            "forgotten",
-        )
-        return {
-            "seconds": seconds,
-            **{name: counts.get(name, 0) for name in names},
-            "grants_per_second": counts.get("grants", 0) / seconds if seconds else 0.0,
-            "grants_by_endpoint": grants,
-            "wait": _summary(waits),
-            "hold": _summary(holds),
-        }
-
-
-def _summary(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Count, p50, p95, p99 and largest of sorted seconds."""
-
-    def at(share: float) -> float | None:
-        return values[min(len(values) - 1, int(share * len(values)))] if values else None
-
-    return {
-        "count": len(values),
-        "p50": at(0.50),
-        "p95": at(0.95),
-        "p99": at(0.99),
-        "max": values[-1] if values else None,
-    }
 
 
 class _Acquiring(Generic[_H]):
@@ -439,7 +360,7 @@ class GPUPool:
         self._closed = False
         self._table = Table()
         self._waiting = WaitingRoom(self._settings.max_waiting)
-        self._counters = _Counters()
+        self._counters = Counters()
         self._bystanders = Bystanders()
         # By lease id: every claim that may be granted. Single dict operations only, which are atomic.
         self._grants: dict[str, Grant] = {}
@@ -1520,7 +1441,15 @@ class GPUPool:
             engine.inherited.check()  # what it was taken from may have ended in between
         grant.begun_at = time.monotonic()
         assert grant.snapshot is not None
-        self._counters.granted(grant.snapshot.endpoint_id, grant.begun_at - grant.asked_at, claims, queued)
+        self._counters.granted(
+            grant.snapshot.endpoint_id,
+            grant.begun_at - grant.asked_at,
+            claims,
+            queued,
+            grant.choice,
+            self._strategy.ideal_shares,
+        )
+        grant.choice = ()  # a lease may be held for days
 
     def _stands_in(self) -> bool:
         """Whether this machine's "cards" are places on its CPU (`GPU_POOL_PASSTHROUGH`)."""
@@ -1764,16 +1693,16 @@ class GPUPool:
             else:  # nobody asks like that any more
                 self._sights.pop(request, None)
 
-    def _ordered(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
-        """The endpoints that have enough free cards, as the strategy would try them."""
+    def _ordered(self, seen: Sequence[_Seen], request: GPURequest, grant: Grant) -> list[_Seen]:
+        """The endpoints that have enough free cards, as the strategy would try them; the grant notes the choice."""
         count = request.count
         ready = [each for each in seen if len(each.free) >= count]
         if len(ready) < 2:
             # Also a single endpoint is a decision that the strategy counts.
-            return ready if not ready else self._by_strategy(ready, request)
+            return ready if not ready else self._by_strategy(ready, request, grant)
         first = [each for each in ready if each.settled]
         if len(first) == len(ready):
-            return self._by_strategy(first, request)
+            return self._by_strategy(first, request, grant)
         later: list[_Seen] = []
         for each in ready:
             if each.settled:
@@ -1784,12 +1713,16 @@ class GPUPool:
             (later if sits_out else first).append(each)
         if not first:
             first, later = later, []
-        return self._by_strategy(first, request) + later
+        return self._by_strategy(first, request, grant) + later
 
-    def _by_strategy(self, seen: Sequence[_Seen], request: GPURequest) -> list[_Seen]:
-        ordered = self._strategy.order([each.view for each in seen], request)
+    def _by_strategy(self, seen: Sequence[_Seen], request: GPURequest, grant: Grant) -> list[_Seen]:
+        views = [each.view for each in seen]
+        ordered = self._strategy.order(views, request)
         if len(seen) == 1:
             return list(seen)
+        if not grant.choice:
+            # The first one counts: what a refusal leaves to choose from is not what the strategy would want.
+            grant.choice = views
         by_id = {each.endpoint.id: each for each in seen}
         return [by_id[view.endpoint_id] for view in ordered]
 
@@ -1797,9 +1730,10 @@ class GPUPool:
         """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
         claims = 0
         left = list(seen)
+        grant.choice = ()
         while True:
             # Ordered again after a refusal: strategies learn from it (a crowd is at the best endpoint).
-            order = self._ordered(left, request)
+            order = self._ordered(left, request, grant)
             if not order:
                 return claims
             first = order[0]
@@ -1820,7 +1754,8 @@ class GPUPool:
 
         With *queue*, a ticket for all of them is left at each.
         """
-        order = self._ordered(seen, request)
+        grant.choice = ()
+        order = self._ordered(seen, request, grant)
         chosen = set(map(id, order))
         offers = [(each, [*each.free, *_others(each)]) for each in order]
         offers += [(each, list(each.wanted)) for each in seen if id(each) not in chosen]
@@ -2302,6 +2237,10 @@ class GPUPool:
                         *(_fault_line(endpoint.id, fault) for fault in (snapshot.sample.faults if snapshot else ())),
                     ],
                     origin=self._origin(engine, endpoint),
+                    availability=numbers.availability,
+                    breaker_changes=numbers.breaker_changes,
+                    response_p50_ms=numbers.response_p50_ms,
+                    response_p95_ms=numbers.response_p95_ms,
                 )
             )
         return Status(
@@ -2446,14 +2385,15 @@ class GPUPool:
 
         ``docs/statistics.md`` says what each means and what its growth tells.
         """
-        return self._stats(reset=False)
+        return self._stats()
 
     def pop_stats(self) -> dict[str, Any]:
         """The same as `stats`, and start the counters again."""
         return self._stats(reset=True)
 
-    def _stats(self, *, reset: bool) -> dict[str, Any]:
-        result = self._counters.read(reset=reset)
+    def _stats(self, *, reset: bool = False, all_time: bool = False) -> dict[str, Any]:
+        """With *all_time*, sums since the beginning that no `pop_stats` sets back, and histograms; never blocks."""
+        result = self._counters.read(has_ideal=self._strategy.has_ideal, reset=reset, all_time=all_time)
         engine = self._engine
         snapshots, _ = self._table.view()
         now = boottime()
@@ -2462,21 +2402,16 @@ class GPUPool:
         result["held"] = sum(1 for grant in list(self._grants.values()) if grant.lease is not None)
         result["oldest_age"] = max((snapshot.age(now) for snapshot in snapshots.values()), default=None)
         result["strategy"] = {"name": self._strategy.name, **self._strategy.stats()}
-        result["threads"] = engine.monitor.threads() if engine is not None else 0
-        result["polls"] = engine.monitor.polls if engine is not None else 0
-        result["poll_seconds"] = engine.monitor.poll_seconds if engine is not None else 0.0
-        result["endpoints"] = {}
-        for endpoint in engine.endpoints.values() if engine is not None else ():
-            numbers = endpoint.numbers()
-            result["endpoints"][endpoint.id] = {
-                "healthy": numbers.healthy,
-                "breaker": numbers.breaker,
-                "breaker_changes": numbers.breaker_changes,
-                "successes": numbers.successes,
-                "failures": numbers.failures,
-                "success_rate": numbers.success_rate,
-                "response_time_ms": numbers.response_time_ms,
-            }
+        result["threads"] = engine.monitor.threads() + engine.keeper.threads() if engine is not None else 0
+        result.update(
+            engine.monitor.stats(reset=reset, all_time=all_time)
+            if engine is not None
+            else {"polls": 0, "poll_seconds": 0.0, "poll": summary(())}
+        )
+        result["endpoints"] = {
+            endpoint.id: endpoint.stats(reset=reset, all_time=all_time)
+            for endpoint in (engine.endpoints.values() if engine is not None else ())
+        }
         return result
 
 

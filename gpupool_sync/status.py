@@ -288,6 +288,10 @@ class EndpointStatus(EndpointInfo):
     scope: str = ""
     problems: Sequence[str] = ()
     origin: str = ""  # what named it: "argument", a variable, a configuration file, a source, "add_endpoint"
+    availability: float | None = None  # seconds healthy / seconds watched, since the pool was opened
+    breaker_changes: int = 0
+    response_p50_ms: float | None = None
+    response_p95_ms: float | None = None
 
 
 @attrs.frozen

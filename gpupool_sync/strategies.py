@@ -47,6 +47,10 @@ class Strategy(Protocol):
 
     Called without any lock held, perhaps from many threads at once, so it must guard what it keeps between
     calls.
+
+    One that also has ``ideal_shares(endpoints)``, which maps the ids of *endpoints* to the shares of grants that it
+    wants them to have (any numbers of at least 0, only their proportion counts), has its `effectiveness` told in
+    `pool.stats()`.
     """
 
     @property
@@ -83,6 +87,19 @@ class CountingStrategy:
     def order(self, endpoints: Sequence[EndpointView], request: GPURequest) -> Sequence[EndpointView]:
         """Return *endpoints*, the one to ask first at the front."""
         raise NotImplementedError
+
+    def ideal_shares(self, endpoints: Sequence[EndpointView]) -> Mapping[str, float] | None:
+        """
+        The shares of grants that *endpoints*, one or more, should have, which sum up to 1; None: not defined.
+
+        What the grants are measured by, over many of them; a single one goes where `order` says.
+        """
+        return None
+
+    @property
+    def has_ideal(self) -> bool:
+        """Whether `ideal_shares` says anything."""
+        return type(self).ideal_shares is not CountingStrategy.ideal_shares
 
     def feedback(self, endpoint_id: str, granted: bool) -> None:
         """Count what the arbiter said."""
@@ -135,6 +152,14 @@ class CountingStrategy:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self._settings()))})"
+
+
+def _proportional(endpoints: Sequence[EndpointView], weights: Sequence[float]) -> dict[str, float]:
+    """Shares in proportion to *weights*; equal ones where nothing weighs anything."""
+    whole = sum(weights)
+    if not whole > 0:
+        return {view.endpoint_id: 1.0 / len(endpoints) for view in endpoints}
+    return {view.endpoint_id: weight / whole for view, weight in zip(endpoints, weights, strict=True)}
 
 
 def _forget_oldest(memory: dict[str, Any], endpoints: Sequence[EndpointView]) -> None:
@@ -210,6 +235,10 @@ class Availability(CountingStrategy):
                 self._draws_left -= 1
             else:
                 self._best_first_grants += 1
+
+    def ideal_shares(self, endpoints: Sequence[EndpointView]) -> Mapping[str, float] | None:
+        """In proportion to the GPUs that are free at this moment."""
+        return _proportional(endpoints, [max(view.free_gpus, 0) for view in endpoints])
 
     def stats(self) -> dict[str, Any]:
         """As of every strategy; also `crowded`: whether it draws at present."""
@@ -290,6 +319,10 @@ class RoundRobin(CountingStrategy):
             self._count_decision_locked(ordered)
         return ordered
 
+    def ideal_shares(self, endpoints: Sequence[EndpointView]) -> Mapping[str, float] | None:
+        """Equal among those that can grant."""
+        return _proportional(endpoints, [1] * len(endpoints))
+
     def _settings(self) -> tuple[Any, ...]:
         return (self._seed,)
 
@@ -346,6 +379,10 @@ class Weighted(CountingStrategy):
             self._count_decision_locked(ordered)
         return ordered
 
+    def ideal_shares(self, endpoints: Sequence[EndpointView]) -> Mapping[str, float] | None:
+        """In proportion to all GPUs of those that can grant."""
+        return _proportional(endpoints, [max(view.total_gpus, 0) for view in endpoints])
+
     def _settings(self) -> tuple[Any, ...]:
         return (self._seed,)
 
@@ -364,11 +401,13 @@ class UserStrategy(CountingStrategy):
         feedback: Callable[[str, bool], object] | None,
         name: str,
         spec: object,
+        ideal: Callable[[Sequence[EndpointView]], Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self._order = order
         self._feedback = feedback
+        self._ideal = ideal
         self._spec = spec
         # Kinds of faults that were logged.  A race logs twice at worst.
         self._logged: set[str] = set()
@@ -396,6 +435,26 @@ class UserStrategy(CountingStrategy):
         with self._lock:
             self._count_decision_locked(ordered)
         return ordered
+
+    @property
+    def has_ideal(self) -> bool:
+        """Whether the user's strategy defines them."""
+        return self._ideal is not None
+
+    def ideal_shares(self, endpoints: Sequence[EndpointView]) -> Mapping[str, float] | None:
+        """Ask the user's strategy, if it defines them, and make its answer shares that sum up to 1."""
+        if self._ideal is None:
+            return None
+        try:
+            answer = self._ideal(list(endpoints))
+            weights = [float(answer.get(view.endpoint_id, 0.0)) for view in endpoints]
+        except Exception:
+            self._log_once("ideal", "strategy %s failed on ideal_shares, its effectiveness is not told", exc=True)
+            return None
+        if not all(0.0 <= weight < math.inf for weight in weights) or not 0.0 < sum(weights) < math.inf:
+            self._log_once("odd ideal", "strategy %s gave ideal_shares that are no shares; they are left out")
+            return None
+        return _proportional(endpoints, weights)
 
     def feedback(self, endpoint_id: str, granted: bool) -> None:
         """Count it and pass it on, if the user's strategy wants to hear."""
@@ -433,7 +492,7 @@ def make_strategy(spec: object, options: Mapping[str, Any] | None = None) -> Cou
     Args:
         options: keyword arguments of a built-in strategy that *spec* names, as `config` has checked them.
         spec: the name of a built-in strategy ('-' and case do not matter); an object with a method `order`,
-            and `feedback` and `name` if it likes; or a function that does what `order` does.
+            and `feedback`, `ideal_shares` and `name` if it likes; or a function that does what `order` does.
 
     Raises:
         ConfigError: it is none of these.
@@ -451,7 +510,10 @@ def make_strategy(spec: object, options: Mapping[str, Any] | None = None) -> Cou
         name = getattr(spec, "name", None)
         if not isinstance(name, str) or not name:
             name = type(spec).__name__
-        return UserStrategy(order, feedback if callable(feedback) else None, name, spec)
+        ideal = getattr(spec, "ideal_shares", None)
+        return UserStrategy(
+            order, feedback if callable(feedback) else None, name, spec, ideal if callable(ideal) else None
+        )
     elif callable(spec):
         return UserStrategy(spec, None, getattr(spec, "__name__", type(spec).__name__), spec)
     raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -14,14 +15,18 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
+from rich.console import Console
 
 import servers
 from gpupool_sync import GPUPool, wire
 from gpupool_sync.cli import COMMANDS, main
 from gpupool_sync.cli._common import plain, seconds
+from gpupool_sync.cli.status import render
 from gpupool_sync.clock import boottime
 from gpupool_sync.models import GPUFault, GPUReading, HostIdentity, Sample
+from gpupool_sync.status import EndpointStatus, Status
 from gpupool_sync.testing import FakeFleet
 from helpers import eventually
 
@@ -203,6 +208,20 @@ def test_a_reader_that_went_away_causes_no_noise(server):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 1
+
+
+def test_status_tells_of_servers_that_flap_or_are_slow_now_and_then():
+    """Seen with --watch; of a server that does well the table says no more than before."""
+    well = EndpointStatus("a", "http://a", True, None, 1, 1, 5.0, availability=1.0, response_p95_ms=8.0)
+    badly = attrs.evolve(well, breaker_changes=4, availability=0.9876, response_p95_ms=120.0)
+    state = Status(2, 2, 2, 2, 0, 0, [well, badly], {})
+    console = Console(width=200, file=io.StringIO())
+    console.print(render(state))
+    one, other = (line for line in console.file.getvalue().splitlines() if "http://a" in line)
+
+    assert ("closed, up" in one, "p95" in one) == (False, False)
+    assert "closed, up 98 %" in other
+    assert "5.0 ms, p95 120 ms" in other
 
 
 def test_text_of_servers_cannot_drive_the_terminal():

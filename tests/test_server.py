@@ -27,7 +27,7 @@ from gpupool_sync.errors import ConfigError, GPUPoolError, MissingExtra
 from gpupool_sync.models import Sample
 from gpupool_sync.server import require_extra
 from gpupool_sync.server.app import create_app
-from gpupool_sync.server.asgi import Front
+from gpupool_sync.server.asgi import METRICS_PATH, Front
 from gpupool_sync.server.pages import PATHS, Pages
 from gpupool_sync.server.run import Options, listen, make_front, serve, url_of
 from gpupool_sync.server.sampler import Sampler
@@ -302,9 +302,12 @@ def test_what_is_not_there(sampler):
 def test_every_path_is_documented(sampler):
     """The OpenAPI document has every path with its schema, and the examples are what the parser takes."""
     document = json.loads(ask(make_front(sampler, {}), "GET", "/openapi.json")[2])
-    assert set(document["paths"]) == set(PATHS)
+    assert set(document["paths"]) == {*PATHS, METRICS_PATH}
     for path, item in document["paths"].items():
         assert set(item) == {"get"}
+        if path == METRICS_PATH:
+            assert set(item["get"]["responses"]["200"]["content"]) == {"text/plain", "application/openmetrics-text"}
+            continue
         content = item["get"]["responses"]["200"]["content"]["application/json"]
         assert content["schema"]
         if path in READINGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -136,9 +137,9 @@ def render(state: Status) -> RenderableType:
             Text(plain(each.endpoint_id), style="bold"),
             Text(plain(each.url)),
             _state(each),
-            Text(each.breaker, style="" if each.breaker == "closed" else "red"),
+            _breaker(each),
             Text(f"{each.available_gpus}/{each.total_gpus}"),
-            Text(milliseconds(each.response_time_ms)),
+            _response(each),
             Text("–" if each.age is None else seconds(each.age)),
             Text(f"{plain(each.arbiter)} ({plain(each.scope)})"),
             Text(plain(each.origin)),
@@ -188,6 +189,28 @@ def _state(each: EndpointStatus) -> Text:
     if each.draining:
         return Text("draining", style="yellow")
     return Text("healthy", style="green")
+
+
+def _breaker(each: EndpointStatus) -> Text:
+    """Its state; of one that has flapped while we looked (``--watch``) also how the server did."""
+    from rich.text import Text
+
+    text = Text(each.breaker, style="" if each.breaker == "closed" else "red")
+    if each.breaker_changes and each.availability is not None:
+        # Down, and never up on such a display: 99.9 % must not read as if nothing had happened.
+        text.append(f", up {math.floor(100.0 * each.availability)} %", style="yellow")
+    return text
+
+
+def _response(each: EndpointStatus) -> Text:
+    """The mean, and p95 where it is much longer."""
+    from rich.text import Text
+
+    mean, slow = each.response_time_ms, each.response_p95_ms
+    text = Text(milliseconds(mean))
+    if mean is not None and slow is not None and slow > 2.0 * mean:
+        text.append(f", p95 {milliseconds(slow)}", style="yellow")
+    return text
 
 
 def _holder(card: CardStatus) -> Text:

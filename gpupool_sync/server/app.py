@@ -15,20 +15,24 @@ from gpupool_sync import wire
 from gpupool_sync.devices.simulated import SimulatedReader, parse_cards
 from gpupool_sync.models import Sample
 from gpupool_sync.server import schemas
+from gpupool_sync.server.asgi import METRICS_PATH
 from gpupool_sync.server.pages import PATHS, Answer, Pages
 from gpupool_sync.server.sampler import Sampler
 
 if TYPE_CHECKING:
     from gpupool_sync.server.leases import LeaseAPI
+    from gpupool_sync.server.metrics import Metrics
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def create_app(sampler: Sampler, pages: Pages | None = None, leases: LeaseAPI | None = None) -> FastAPI:
+def create_app(
+    sampler: Sampler, pages: Pages | None = None, leases: LeaseAPI | None = None, metrics: Metrics | None = None
+) -> FastAPI:
     """
     The application; whoever makes *sampler* and *leases* starts and stops them.
 
-    *pages*, if given, are of the same sampler.  Without *leases* it serves statistics only.
+    *pages* and *metrics*, if given, are of the same sampler.  Without *leases* it serves statistics only.
     """
     pages = Pages(sampler) if pages is None else pages
     app = FastAPI(
@@ -59,6 +63,8 @@ def create_app(sampler: Sampler, pages: Pages | None = None, leases: LeaseAPI | 
             responses=responses,
         )
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False, response_model=None)
+    if metrics is not None:
+        _add_metrics(app, metrics)
     if leases is not None:
         _add_leases(app, leases)
     app.add_exception_handler(HTTPException, _http_error)
@@ -73,6 +79,26 @@ def _handler(pages: Pages, path: str) -> Callable[[Request], Awaitable[Response]
         return _response(answer, head=request.method == "HEAD")
 
     return handle
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    from gpupool_sync.server.metrics import SUMMARY
+
+    async def handle(request: Request) -> Response:
+        return _response(await metrics.answer(request.scope["headers"]), head=request.method == "HEAD")
+
+    app.add_api_route(
+        METRICS_PATH,
+        handle,
+        methods=["GET"],
+        name=METRICS_PATH,
+        summary=SUMMARY,
+        operation_id="get_metrics",
+        response_class=Response,
+        response_model=None,
+        responses=schemas.metrics_responses(),
+    )
+    app.add_api_route(METRICS_PATH, handle, methods=["HEAD"], include_in_schema=False, response_model=None)
 
 
 def _add_leases(app: FastAPI, leases: LeaseAPI) -> None:
@@ -121,7 +147,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not possible here",
     }.get(error.status_code, str(error.detail))
     headers = dict(error.headers or {})
-    if error.status_code == 405 and request.url.path in PATHS:
+    if error.status_code == 405 and request.url.path in (*PATHS, METRICS_PATH):
         headers["Allow"] = "GET, HEAD"  # the framework knows one method per route
     return _error(error.status_code, _CODES.get(error.status_code, "error"), message, headers)
 

@@ -141,6 +141,7 @@ class Granter:
         self._waiting: Counter[str] = Counter()  # holder id -> long polls under way
         self._gone: dict[str, float] = {}  # id -> when it ended, oldest first
         self._due = math.inf  # no deadline is earlier
+        self._counts = dict.fromkeys(("grants", "renewals", "releases", "expiries", "revocations"), 0)
         self._version = 0
         # One claim or end of an id at a time, or a repeated claim could lock two cards. Held during file operations.
         self._stripes = [threading.Lock() for _ in range(64)]
@@ -252,6 +253,7 @@ class Granter:
             self._tickets.pop(claim.id, None)
             self._leases[claim.id] = remote
             self._due = min(self._due, remote.deadline)
+            self._counts["grants"] += 1
         return lease
 
     def _less(self) -> None:
@@ -276,12 +278,18 @@ class Granter:
         """
         self.expire()
         revoked = {lease_id: why for lease_id in ids if (why := self.store.why_gone(lease_id)) is not None}
-        alive = iter(self._extend([lease_id for lease_id in ids if lease_id not in revoked], self._clock()))
+        extended = self._extend([lease_id for lease_id in ids if lease_id not in revoked], self._clock())
+        with self._lock:
+            self._counts["renewals"] += sum(extended)
+        alive = iter(extended)
         return [lease_id not in revoked and next(alive) for lease_id in ids], revoked
 
     def revoke(self, key: str, token: int, by: str) -> bool:
         """Take a lease away, of a holder anywhere; False if there is no such lease."""
-        return self._own(key) and self.store.revoke(key, token, by)
+        found = self._own(key) and self.store.revoke(key, token, by)
+        with self._lock:
+            self._counts["revocations"] += found
+        return found
 
     def _extend(self, ids: Sequence[str], now: float) -> list[bool]:
         until: dict[str, float] = {}
@@ -308,7 +316,9 @@ class Granter:
         with self._lock:
             self._remember_gone_locked(claim_id, self._clock())
             self._tickets.pop(claim_id, None)
-            return self._leases.pop(claim_id, None) is not None
+            held = self._leases.pop(claim_id, None) is not None
+            self._counts["releases"] += held
+            return held
 
     def _remember_gone_locked(self, claim_id: str, now: float) -> None:
         gone = self._gone
@@ -324,6 +334,7 @@ class Granter:
             late: list[tuple[str, _Remote]] = []
             if now >= self._due:
                 late = [(lease_id, remote) for lease_id, remote in self._leases.items() if remote.deadline <= now]
+                self._counts["expiries"] += len(late)
                 for lease_id, _ in late:
                     del self._leases[lease_id]
                     self._remember_gone_locked(lease_id, now)
@@ -407,6 +418,11 @@ class Granter:
                 for info in self.store.holders_of(key):
                     told.setdefault(info.token, info)
         return [info for info in told.values() if math.isfinite(info.since)]
+
+    def numbers(self) -> dict[str, int]:
+        """Leases of remote holders, and what was counted since this process began."""
+        with self._lock:
+            return {"leases": len(self._leases), **self._counts}
 
     def leases(self) -> list[LeaseInfo]:
         """Every lease on this host, of remote and of local holders."""
@@ -641,6 +657,10 @@ class LeaseAPI:
         for holder in holders:
             found.update(self._pending.pop(holder, {}))
         return sorted(found, key=found.__getitem__)
+
+    def numbers(self) -> dict[str, int]:
+        """What `Granter.numbers` tells, and the long polls under way."""
+        return {**self.granter.numbers(), "long_polls": self._number}
 
     # -- HTTP --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from gpupool_sync.devices import Reader
 from gpupool_sync.devices.simulated import SimulatedReader
 from gpupool_sync.errors import ConfigError, GPUPoolError
 from gpupool_sync.server import require_extra
-from gpupool_sync.server.asgi import App, Front
+from gpupool_sync.server.asgi import METRICS_PATH, App, Front
+from gpupool_sync.server.metrics import SUMMARY as METRICS_SUMMARY
+from gpupool_sync.server.metrics import Metrics
 from gpupool_sync.server.pages import Pages
 from gpupool_sync.server.sampler import Sampler
 
@@ -190,20 +192,22 @@ def url_of(host: str, port: int) -> str:
 
 def make_front(sampler: Sampler, config: Mapping[str, Any], leases: LeaseAPI | None = None) -> Front:
     """The application that is served."""
-    more_paths = {}
+    more_paths = {METRICS_PATH: METRICS_SUMMARY}
     if leases is not None:
         from gpupool_sync.server.leases import PATHS
 
         config = {**config, "lock_dir": leases.offer.lock_dir}
-        more_paths = {path: "; ".join(methods.values()) for path, methods in PATHS.items()}
+        more_paths |= {path: "; ".join(methods.values()) for path, methods in PATHS.items()}
     pages = Pages(sampler, {**config, "leases": leases is not None}, more_paths)
 
     def rest() -> App:
         from gpupool_sync.server.app import create_app
 
-        return create_app(sampler, pages, leases)
+        return create_app(sampler, pages, leases, metrics)
 
-    return Front(pages, rest, leases)
+    front = Front(pages, rest, leases)
+    metrics = front.metrics = Metrics(sampler, leases, front.requests)
+    return front
 
 
 def make_leases(sampler: Sampler, lock_dir: str | None, port: int, *, container_ok: bool = False) -> LeaseAPI:

@@ -161,3 +161,20 @@ def responses(path: str, example: object) -> dict[int | str, dict[str, Any]]:
         found[304] = {"description": "The body is the one that If-None-Match names"}
     found["4XX"] = {"description": "The request is wrong", "content": {"application/json": {"schema": ERROR}}}
     return found
+
+
+def metrics_responses() -> dict[int | str, dict[str, Any]]:
+    """The documented responses of ``/metrics``."""
+    return {
+        200: {
+            "description": "Counts only, no holders; docs/statistics.md says what each metric means",
+            "content": {
+                "text/plain": {"schema": _TEXT},
+                "application/openmetrics-text": {"schema": _TEXT},
+            },
+        },
+        501: {
+            "description": "prometheus_client is not installed on the server",
+            "content": {"application/json": {"schema": ERROR}},
+        },
+    }
