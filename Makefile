@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: help demo test bench soak lint clean
 
 help:
-	@echo "make demo    three simulated servers, one of them killed and restarted; DEMO_ARGS=--json for programs"
+	@echo "make demo    simulated servers and workers, one of each killed and its GPUs taken back; DEMO_ARGS=--json for programs"
 	@echo "make test    the tests; TEST_ARGS goes to pytest"
 	@echo "make lint    ruff, mypy and the import contract"
 	@echo "make bench   the benchmarks; BENCH_ARGS goes to them"

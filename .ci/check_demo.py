@@ -9,8 +9,12 @@ from pathlib import Path
 KEYS = {
     "jobs_done",
     "jobs_failed",
+    "jobs_run_again",
     "double_holds",
     "leaked",
+    "killed_worker",
+    "gpus_of_killed_worker",
+    "gpus_back_after_s",
     "per_endpoint",
     "killed",
     "recovered",
@@ -33,6 +37,8 @@ def faults(result: object) -> list[str]:
         found.append(f"jobs_done is {result['jobs_done']!r}, not at least 60")
     if sum(result["per_endpoint"].values()) != result["jobs_done"]:
         found.append("per_endpoint does not add up to jobs_done")
+    if not result["killed_worker"] or not result["gpus_of_killed_worker"] or result["gpus_back_after_s"] is None:
+        found.append(f"the GPUs of the killed worker did not come back: {result['gpus_of_killed_worker']!r}")
     if not result["killed"] or not result["recovered"]:
         found.append(f"killed is {result['killed']!r} and recovered is {result['recovered']!r}")
     if result["jobs_on_killed_after_recovery"] < 1:

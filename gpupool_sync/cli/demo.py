@@ -41,7 +41,7 @@ _PALETTE = ("blue", "magenta", "cyan", "green", "dark_orange3", "purple4", "deep
 @click.option(
     "--seconds-per-job",
     type=click.FloatRange(0.01, 10),
-    default=0.8,
+    default=2.0,
     show_default=True,
     metavar="SECONDS",
     help="Seconds that a job takes on average.",
@@ -52,11 +52,12 @@ _PALETTE = ("blue", "magenta", "cyan", "green", "dark_orange3", "purple4", "deep
 @json_option
 def demo(jobs: int, seconds_per_job: float, seed: int | None, as_json: bool) -> int:
     """
-    Share out 14 simulated GPUs, lose a server, take it back.
+    Share out 14 simulated GPUs; lose a worker, then a server; take their GPUs back.
 
-    Three simulated servers on this machine, one pool, and more jobs than GPUs. At a third of the jobs one server is
-    killed, at two thirds it is started again. Exit status 0 only if every job ran, no GPU was held twice, no lease
-    leaked, and the killed server served again. Ends within 60 s.
+    Three simulated servers and six worker processes on this machine, and more jobs than GPUs. One worker is killed in
+    the middle of its jobs, and others get its GPUs and its jobs. Then one server is killed and started again. Exit
+    status 0 only if every job ran, no GPU was held twice, no lease leaked, the killed worker's GPUs came back, and the
+    killed server served again. Takes some 15 s, at most 60.
     """
     if jobs * seconds_per_job > MOST_WORK:
         raise click.UsageError(f"--jobs × --seconds-per-job: at most {MOST_WORK:g} s of work fit into the demo's time")
@@ -117,7 +118,7 @@ def _drawn(console: Console) -> Iterator[Callable[[View], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    first = Text("starting three servers, each a process of its own …", "dim")
+    first = Text("starting servers and workers, each a process of its own …", "dim")
     with Live(first, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         yield lambda view: live.update(_picture(view), refresh=True)
 
@@ -140,6 +141,9 @@ def _picture(view: View) -> RenderableType:
             _cells(server),
             Text(f"{server.jobs_done} done", "dim"),
         )
+    workers = Text("workers  ", "bold")
+    for number, alive in enumerate(view.workers, 1):
+        workers.append(f"● {number}  " if alive else f"✗ {number}  ", "green" if alive else "bold red")
     progress = Table.grid(padding=(0, 2))
     progress.add_row(
         Text("jobs", "bold"),
@@ -150,8 +154,8 @@ def _picture(view: View) -> RenderableType:
     shown = view.events[-SHOWN_EVENTS:]
     lines = [_line(event) for event in shown] + [Text("")] * (SHOWN_EVENTS - len(shown))
     return Panel(
-        Group(servers, Text(""), progress, Text(""), *lines),
-        title=Text("gpupool_sync: one pool, three servers", "bold"),
+        Group(servers, Text(""), workers, progress, Text(""), *lines),
+        title=Text("gpupool_sync: six worker processes, three servers", "bold"),
         title_align="left",
         subtitle=Text(f"{view.elapsed:.1f} s", "dim"),
         subtitle_align="right",
@@ -171,6 +175,8 @@ def _cells(server: ServerView) -> Text:
         if place.job is not None:
             colour = _PALETTE[place.job % len(_PALETTE)]
             text.append(f"{place.job:^4}", f"bold white on {colour}" + (" dim" if gone else ""))
+        elif place.orphaned:
+            text.append(" †  ", "bold red on grey15")
         else:
             text.append(" ✗  " if gone else " ·  ", "red on grey15" if gone else "dim on grey15")
         text.append(" ")
@@ -205,6 +211,13 @@ def _summary(result: Result) -> RenderableType:
             else f"{result.double_holds} double holds: GPUs had two jobs at once",
         ),
         line(not result.leaked, f"{result.leaked} leases leaked"),
+        line(
+            result.gpus_back_after_s is not None,
+            f"{result.killed_worker} was killed; others had its {plural(len(result.gpus_of_killed_worker), 'GPU')} "
+            f"{result.gpus_back_after_s:.1f} s later, and did its jobs"
+            if result.gpus_back_after_s is not None
+            else f"{result.killed_worker or 'no worker'} was killed, and its GPUs did not come back",
+        ),
         line(
             result.recovered and result.jobs_on_killed_after_recovery > 0,
             f"{result.killed} was killed and came back; it has done "
