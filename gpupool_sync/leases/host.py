@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError
@@ -77,6 +77,8 @@ RECORD_TIME = 0.25
 GUARD_TIME = 0.2
 #: Seconds that a server's word for a remote holder is believed at most: the longest ttl, and the server's downtime.
 MAX_REMOTE = 600.0
+#: Bytes of a ticket's body up to which what was read of it is remembered.
+SHORT_BODY = 4096
 #: Explanations name at most so many cards.
 MAX_REASONS = 64
 
@@ -382,7 +384,7 @@ class HostStore:
         self._gone = Gone()
         self._listing: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
         self._checked: dict[str, float] = {}  # card key -> when the kernel was asked whether its holder lives
-        self._records: dict[str, tuple[float, dict[str, Any] | None]] = {}  # card key -> read at, record
+        self._records: dict[str, tuple[float, dict[str, Any] | None, bytes]] = {}  # card key -> read at, record, raw
         self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
@@ -419,12 +421,11 @@ class HostStore:
                 claim.share,
             ):
                 raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
-        position = 0
         unqueued: OSError | None = None
         if claim.queue:
             # The ticket first, then the look: a card that is released between the two finds the ticket.
             try:
-                position = self._leave_ticket(claim)
+                self._leave_ticket(claim)
             except OSError as exc:  # such as a full file system
                 self._drop_ticket(claim.id)
                 unqueued = exc
@@ -432,11 +433,11 @@ class HostStore:
         if granted is None:
             if unqueued is not None:
                 raise unqueued
-            return Queued(position) if claim.queue else Refused(self._reasons(claim))
+            return Queued(self._position(claim.id)) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
         if claim.id in self._tickets:
             self._drop_ticket(claim.id)
-        self._pass_on()
+        self._pass_on(taken_by=claim)
         return Granted(granted.lease)
 
     def _renew_directory(self) -> None:
@@ -483,8 +484,8 @@ class HostStore:
 
     def _try(self, claim: Claim) -> _Held | None:
         """Take the cards that the order of the queue allows."""
-        queue = self._load_queue(claim)
-        if not queue:
+        names = self._ticket_names()
+        if not names:
             for group in claim.groups:
                 granted = self._lock_some(claim, group, group)
                 if granted is not None:
@@ -493,10 +494,14 @@ class HostStore:
         now = self._clock()
         looked: dict[str, bool] = {}
         fits = partial(self._fits_by_record, looked, claim.emptied)
+        # The tickets are read when there is something to share out: where all cards are held, most claims end before.
+        queue: TicketQueue | None = None
         while True:
-            picked, hinted = queue.choose(claim, now, fits)
+            if queue is None and any(fits(wanted, claim.share, ()) for group in claim.groups for wanted in group):
+                queue = self._load_queue(claim)
+            picked, hinted = (None, []) if queue is None else queue.choose(claim, now, fits)
             dead = self._tell(hinted, now)
-            if dead:
+            if dead and queue is not None:
                 for name in dead:
                     queue.remove(name)
                 continue
@@ -529,7 +534,7 @@ class HostStore:
                 found = True
         return found
 
-    def _take_over(self, claim: Claim, queue: TicketQueue, looked: dict[str, bool], now: float) -> _Held | None:
+    def _take_over(self, claim: Claim, queue: TicketQueue | None, looked: dict[str, bool], now: float) -> _Held | None:
         """Cards whose record says held though the kernel says free: their holder died without a word."""
         for group in claim.groups:
             left = [wanted for wanted in group if not looked.get(wanted.key, False)]
@@ -537,6 +542,7 @@ class HostStore:
             if granted is None:
                 continue
             ours = frozenset(granted.lease.cards)
+            queue = queue or self._load_queue(claim)
             picked, hinted = queue.choose(claim, now, partial(_among, ours))
             if picked is not None:
                 return granted
@@ -795,13 +801,17 @@ class HostStore:
             return known[1]
         if not fresh and key not in self._mine and _file_name(key) not in self._files(now):
             return None  # nobody ever held it: true of most cards of a large fleet, and cheaper than to ask for each
-        record = None
+        raw = b""
         with contextlib.suppress(OSError):
             file = _opened(_file_name(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.fd)
-            record = _read(file)
-        if record is not None and record.get("boot") != self._boot:
-            record = None
-        self._records[key] = (now, record)
+            raw = os.pread(file.fd, RECORD_BYTES, 0)
+        if known is not None and raw == known[2]:
+            record = known[1]
+        else:
+            record = _parse(raw)
+            if record is not None and record.get("boot") != self._boot:
+                record = None
+        self._records[key] = (now, record, raw)
         return record
 
     def _fits_by_record(
@@ -1098,8 +1108,8 @@ class HostStore:
 
     # -- the queue ---------------------------------------------------------------------------------------------
 
-    def _leave_ticket(self, claim: Claim) -> int:
-        """Write or rewrite the ticket of *claim*; returns its position."""
+    def _leave_ticket(self, claim: Claim) -> None:
+        """Write or rewrite the ticket of *claim*."""
         self._need_socket()
         now = self._clock()
         ticket = self._tickets.get(claim.id)
@@ -1135,8 +1145,11 @@ class HostStore:
             ticket.body = body
         # Speaking clears the hint. Last, so that a ticket with stamps is a whole one.
         os.pwrite(ticket.file.fd, _stamps(None, now), 0)
-        before = [name for name in self._ticket_names() if name < ticket.name]
-        return len(before)
+
+    def _position(self, claim_id: str) -> int:
+        """How many tickets stand before that of the claim."""
+        ticket = self._tickets.get(claim_id)
+        return 0 if ticket is None else sum(name < ticket.name for name in self._ticket_names())
 
     def _rename_ticket(self, ticket: _Ticket, name: str) -> None:
         self._ticket_ids[name] = ticket.claim.id
@@ -1158,11 +1171,17 @@ class HostStore:
         self._ticket_ids.pop(ticket.name, None)
         self._tickets.pop(claim_id, None)
 
-    def _load_queue(self, claim: Claim | None) -> TicketQueue:
-        """The tickets of all processes as a queue; that of *claim* has its id there."""
+    def _load_queue(self, claim: Claim | None, names: Sequence[str] | None = None) -> TicketQueue:
+        """
+        The tickets of all processes (or those of *names*) as a queue.
+
+        With *claim*, up to its own ticket, which has its id there: those behind it have no say in what it may take.
+        """
         queue = TicketQueue()
-        names = self._ticket_names()
-        for name in names:
+        own = None if claim is None else self._tickets.get(claim.id)
+        for name in self._ticket_names() if names is None else names:
+            if own is not None and name > own.name:
+                break
             loaded = self._load_ticket(name)
             if loaded is None:
                 continue
@@ -1180,16 +1199,15 @@ class HostStore:
             data = os.pread(file.fd, 1 << 22, 0)
             hinted, spoke = data[:_STAMPS].split()
             place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
-            body = json.loads(data[_STAMPS:])
-            share = body["share"]
+            told = _parse_ticket(data[_STAMPS:])
             claim = Claim(
                 id=name,
-                holder=_holder_from(body["holder"]),
-                groups=tuple(tuple(Wanted(key, room) for key, room in group) for group in body["groups"]),
-                count=int(body["count"]),
-                share=None if share is None else Share(memory_mb=share[0], places=share[1]),
-                reserve=bool(body["reserve"]),
-                note=body["note"],
+                holder=told.holder,
+                groups=told.groups,
+                count=told.number,
+                share=told.share,
+                reserve=told.reserve,
+                note=told.note,
             )
             return claim, None if hinted == b"-" else float(hinted), float(spoke), place
         except (OSError, ValueError, TypeError, KeyError, IndexError):
@@ -1199,15 +1217,26 @@ class HostStore:
         """Hint to the owners of the tickets; returns the tickets whose owners are dead."""
         dead: list[str] = []
         for name in names:
+            body: bytes | None = None
             # Before the message: what the owner answers clears the mark, never the other way round.
-            with contextlib.suppress(OSError):
+            try:
                 file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
                 os.pwrite(file.fd, _hint_stamp(now), 0)
+                body = os.pread(file.fd, 1 << 22, _STAMPS)
+            except FileNotFoundError:
+                dead.append(name)  # it has left the queue meanwhile: now it is the next one's turn
+                continue
+            except OSError:  # says nothing about its owner, who looks again by itself
+                pass
             mine = self._ticket_ids.get(name)
             if mine is not None:
                 self._hints.tell([mine])
                 continue
-            sock = self._socket_of(name)
+            if body is None:
+                continue
+            sock = None
+            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+                sock = _parse_ticket(body).socket
             if sock is None or not self._send(sock, name):
                 dead.append(name)
                 for stale in (name, sock):
@@ -1215,14 +1244,6 @@ class HostStore:
                         if stale is not None:
                             os.unlink(stale, dir_fd=self._directory.queue_fd)
         return dead
-
-    def _socket_of(self, name: str) -> str | None:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
-            found = json.loads(os.pread(file.fd, 1 << 22, _STAMPS))["socket"]
-            if isinstance(found, str) and re.fullmatch(r"sock-[0-9a-f]{16}", found):
-                return found
-        return None
 
     def _send(self, sock: str, name: str) -> bool:
         """Whether there is still somebody behind the socket."""
@@ -1236,9 +1257,18 @@ class HostStore:
                 return True  # full, because its process is stopped: it lives, and is passed over in a second
         return True
 
-    def _pass_on(self, freed: Iterable[str] = ()) -> None:
-        """Tell whoever is next for what is free now."""
-        queue = self._load_queue(None)
+    def _pass_on(self, freed: Iterable[str] = (), *, taken_by: Claim | None = None) -> None:
+        """Tell whoever is next for what is free now; after the grant to *taken_by* (a whole card), if any is left."""
+        names = self._ticket_names()
+        if not names:
+            return
+        # Its ticket stood in nobody's way but at the cards that it wanted. Mostly none of them is left, and a look at
+        # these costs less than reading the tickets.
+        if taken_by is not None and taken_by.share is None:
+            wished = (wanted.key for group in taken_by.groups for wanted in group)
+            if not any(self._free_by_record(key, {}, shared=False) for key in wished):
+                return
+        queue = self._load_queue(None, names)
         if not queue:
             return
         keys = set(freed)
@@ -1470,11 +1500,47 @@ def _among(keys: frozenset[str], wanted: Wanted, share: Share | None, pending: S
 
 
 def _read(file: _Descriptor) -> dict[str, Any] | None:
+    return _parse(os.pread(file.fd, RECORD_BYTES, 0))
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(os.pread(file.fd, RECORD_BYTES, 0))
+        record = json.loads(raw)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+class _Told(NamedTuple):
+    """What the body of a ticket says."""
+
+    holder: Holder
+    groups: tuple[tuple[Wanted, ...], ...]
+    number: int
+    share: Share | None
+    reserve: bool
+    note: str | None
+    socket: str | None
+
+
+def _parse_ticket(body: bytes) -> _Told:
+    # Whoever wants a card reads all tickets before its own, and a process writes the same body again and again.
+    return _parse_known(body) if len(body) < SHORT_BODY else _parse_known.__wrapped__(body)
+
+
+@lru_cache(maxsize=1024)
+def _parse_known(body: bytes) -> _Told:
+    told = json.loads(body)
+    share, sock = told["share"], told.get("socket")
+    return _Told(
+        holder=_holder_from(told["holder"]),
+        groups=tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"]),
+        number=int(told["count"]),
+        share=None if share is None else Share(memory_mb=share[0], places=share[1]),
+        reserve=bool(told["reserve"]),
+        note=told["note"],
+        socket=sock if isinstance(sock, str) and re.fullmatch(r"sock-[0-9a-f]{16}", sock) else None,
+    )
 
 
 def _ticket_name(place: float, ending: str) -> str:
