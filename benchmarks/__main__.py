@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks._harness import MODES, Report, between_marks, clean_environment, machine, markdown, print_report, say
 
 #: Modules of this package with a `TITLE` and a `run(mode)`, in the order of the tables.
-NAMES = ("sweep", "endpoints", "inprocess", "handover", "import_time")
+NAMES = ("sweep", "endpoints", "inprocess", "handover", "fairness", "import_time")
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 PACKAGES = ("requests", "urllib3", "aiohttp", "psycopg-pool", "sqlalchemy", "attrs")
 

@@ -64,8 +64,9 @@ class Row:
     theirs: Sequence[float] = ()
     #: "s": seconds, printed in a unit that suits; else printed behind the number.
     unit: str = "s"
-    #: Largest ratio (without *theirs*: largest value) that is aimed at.
+    #: Largest ratio (without *theirs*: largest value) that is aimed at; with *at_least* the smallest.
     target: float | None = None
+    at_least: bool = False
 
     @property
     def ratios(self) -> list[float]:
@@ -83,7 +84,8 @@ class Row:
             return ""
         reached = self.ratio if self.theirs else statistics.median(self.ours)
         limit = f"{self.target:g}" if self.theirs else quantity(self.target, self.unit)
-        return f"≤ {limit}: {'met' if reached is not None and reached <= self.target else 'missed'}"
+        met = reached is not None and (reached >= self.target if self.at_least else reached <= self.target)
+        return f"{'≥' if self.at_least else '≤'} {limit}: {'met' if met else 'missed'}"
 
     def cells(self) -> list[str]:
         """As they are printed: what, against, ours, theirs, ratio, spread, target."""

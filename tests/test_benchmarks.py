@@ -19,7 +19,7 @@ from benchmarks import _harness as harness  # noqa: E402
 
 pytestmark = pytest.mark.checkout
 
-NAMES = ("sweep", "endpoints", "inprocess", "handover", "import_time")
+NAMES = ("sweep", "endpoints", "inprocess", "handover", "fairness", "import_time")
 
 
 @pytest.mark.real
