@@ -52,7 +52,8 @@ from gpupool_sync.waiting import Waiter, WaitingRoom, listener
 if TYPE_CHECKING:
     from gpupool_sync.discovery import Found, Watch
     from gpupool_sync.endpoint import PolledEndpoint
-    from gpupool_sync.executor import GPUExecutor, GPUQueue
+    from gpupool_sync.executor import GPUExecutor
+    from gpupool_sync.gpuqueue import GPUQueue
     from gpupool_sync.inherited import Inherited, Recipe
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
@@ -377,6 +378,7 @@ class GPUPool:
         # Guards _local_ids, which several workers change.
         self._local_lock = threading.Lock()
         self._last_free: dict[str, frozenset[str]] = {}
+        self._executors: weakref.WeakSet[GPUExecutor] = weakref.WeakSet()
         # Made here and not at the first claim: two threads would make two, and each claim must repeat its own. A forked
         # child asks nobody anew who it is: the C library's locks may be those of its parent's threads.
         before: Holder | None = getattr(self, "_holder", None)
@@ -682,6 +684,8 @@ class GPUPool:
         with self._lifecycle:
             self._closed = True
             engine = self._engine
+        for executor in list(self._executors):
+            executor.pool_closed()
         self._waiting.wake_all()
         self.release_all()
         self._release_when_children_end()
@@ -1275,6 +1279,7 @@ class GPUPool:
         initializer: Callable[..., object] | None = None,
         initargs: Sequence[Any] = (),
         max_tasks_per_child: int | None = None,
+        idle_timeout: float | None = 300.0,
         **request: Any,
     ) -> GPUExecutor:
         """
@@ -1283,8 +1288,9 @@ class GPUPool:
         Args:
             max_workers: worker processes, and so GPUs, at most; default as many as there are, as tasks need them.
             mp_context: how workers come into being; only ``"spawn"``, as CUDA does not survive a fork.
-            initializer: called as ``initializer(*initargs)`` once in each worker.
+            initializer: called as ``initializer(*initargs)`` once in each worker; if it raises, all tasks fail.
             max_tasks_per_child: tasks after which a worker ends and its GPU is given back.
+            idle_timeout: seconds without a task after which a worker ends and its GPU is given back; None: never.
             request: as in `acquire`.
 
         Raises:
@@ -1293,15 +1299,18 @@ class GPUPool:
         from gpupool_sync.executor import GPUExecutor
 
         self.open()
-        return GPUExecutor(
+        executor = GPUExecutor(
             self,
             max_workers,
             mp_context=mp_context,
             initializer=initializer,
             initargs=initargs,
             max_tasks_per_child=max_tasks_per_child,
-            **request,
+            idle_timeout=idle_timeout,
+            **{"on_lost": self._on_lost, **request},
         )
+        self._executors.add(executor)
+        return executor
 
     def map(
         self, fn: Callable[[Any], Any], items: Iterable[Any], *, progress: bool = True, **options: Any
@@ -1325,15 +1334,34 @@ class GPUPool:
         """
         A queue of this machine's GPU numbers, for scripts that pass one to their worker processes.
 
-        ``get()`` acquires, ``put()`` releases; it can be passed to other processes.
+        ``get()`` acquires, ``put()`` releases; it can be passed to other processes.  Where the pool has only simulated
+        GPUs it hands out the numbers of those, to try things out.
 
         Args:
             numbers: how many GPUs, counted from number 0, or their numbers; default all.
-            request: as in `acquire`.
+            request: as in `acquire`, without *timeout* and *local*.
+
+        Raises:
+            ConfigError: an argument cannot be used.
         """
-        from gpupool_sync.executor import GPUQueue
+        from gpupool_sync.gpuqueue import GPUQueue
 
         return GPUQueue(self, numbers, **request)
+
+    def numbered_cards(self) -> tuple[bool, Mapping[str, Sequence[Card]]]:
+        """
+        The cards whose numbers mean something to this process, by endpoint id, and whether they are real.
+
+        This machine's; where there are none, the simulated ones. Waits for the first reading.
+        """
+        engine = self._opened()
+        self._first_reading(engine, Deadline.after(None), stragglers=False)
+        snapshots = [snapshot for snapshot in self._table.view()[0].values() if snapshot.cards]
+        mine = {each.endpoint_id: each.cards for each in snapshots if each.is_local}
+        if mine or self._local_ids:
+            return True, mine
+        invented = [each for each in snapshots if each.sample.host is not None and each.sample.host.simulated]
+        return not invented, {each.endpoint_id: each.cards for each in invented}
 
     def cards_known(self) -> int:
         """How many cards the last readings tell of, without looking again; of this machine's, if it has some."""

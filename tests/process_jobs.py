@@ -98,6 +98,57 @@ def hold_in_worker() -> None:
             signal.pause()
 
 
+_queue = None
+
+
+def start_with_numbers(queue, log: HoldLog, number: int) -> None:
+    """An initializer as old scripts have it: the queue is a global of the worker."""
+    global _queue, _log
+    equip(number)
+    _queue, _log = queue, log
+
+
+def one_number(rounds: int) -> int:
+    """Use numbers of the worker's queue, one after the other."""
+    assert _queue is not None
+    assert _log is not None
+    for _ in range(rounds):
+        number = _queue.get(timeout=PATIENCE)
+        try:
+            with _log.holding(str(number)):
+                time.sleep(0.001)
+        finally:
+            _queue.put(number)
+    return os.getpid()
+
+
+def numbers_in_turn(queue, log: HoldLog, number: int, rounds: int) -> int:
+    start_with_numbers(queue, log, number)
+    return one_number(rounds)
+
+
+def keep_a_number(queue, log: HoldLog, number: int) -> None:
+    """A worker that takes a number when it starts, and never puts it back."""
+    start_with_numbers(queue, log, number)
+    log.begin(str(queue.get(timeout=PATIENCE)), who=f"victim {os.getpid()}")
+
+
+def nothing(_: object = None) -> int:
+    return os.getpid()
+
+
+def keep_a_number_for_ever(queue, log: HoldLog, number: int) -> None:
+    keep_a_number(queue, log, number)
+    while True:
+        signal.pause()
+
+
+def same_queue(queue, number: int) -> int:
+    """A queue that comes with each task."""
+    equip(number)
+    return id(queue)
+
+
 def raise_with_a_gpu(pool: GPUPool, number: int) -> None:
     equip(number)
     with pool.gpu(timeout=PATIENCE):
