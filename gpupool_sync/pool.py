@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
     from gpupool_sync.progress import Progress
-    from gpupool_sync.status import Explanation, LeasesStatus, LeaseStatus, Status
+    from gpupool_sync.status import Explanation, LeasesStatus, LeaseStatus, MachineInfo, Status
 
 logger = logging.getLogger(__name__)
 
@@ -1373,6 +1373,30 @@ class GPUPool:
             for card in snapshot.cards
         ]
         return len(set(keys)) if duplicates else len(keys)
+
+    def machines(self, timeout: float | None = None) -> dict[str, MachineInfo | None]:
+        """
+        Which machine each endpoint is, as its last reading tells; None: it has not answered yet.
+
+        Opens the pool if need be and waits for its first reading, *timeout* seconds at most.
+        """
+        from urllib.parse import urlsplit
+
+        from gpupool_sync.status import MachineInfo
+
+        engine = self._opened()
+        self._first_reading(engine, Deadline.after(_timeout(timeout)))
+        snapshots, _ = self._table.view()
+        found: dict[str, MachineInfo | None] = {}
+        for endpoint in engine.endpoints.values():
+            snapshot = snapshots.get(endpoint.id)
+            if snapshot is None:
+                found[endpoint.id] = None
+                continue
+            host = snapshot.sample.host
+            name = host.name if host is not None else urlsplit(endpoint.url).hostname or endpoint.id
+            found[endpoint.id] = MachineInfo(name, snapshot.is_local or (host is not None and host.simulated))
+        return found
 
     def _handle(self, tie: Tie, count: int | None) -> Any:
         return GPU(self, tie, tie.grant.cards[0]) if count is None else GPUs(self, tie)

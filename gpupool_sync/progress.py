@@ -180,7 +180,7 @@ def _surface(wanted: bool | None) -> _Surface | None:
         return None
     if in_kernel():
         return _Notebook()
-    if _on_terminal() and (wanted or _in_foreground()):
+    if _on_terminal() and _in_foreground():
         return _Terminal()
     return _Lines() if wanted else None
 

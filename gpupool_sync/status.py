@@ -304,6 +304,14 @@ class SourceStatus(_Jsonable):
 
 
 @attrs.frozen
+class MachineInfo(_Jsonable):
+    """The machine behind an endpoint; `usable` says whether programs of this one can use its GPUs."""
+
+    name: str
+    usable: bool  # it is this machine, or one that is simulated
+
+
+@attrs.frozen
 class GlobalGPUInfo(_Jsonable):
     """One card, as the specification of multi-endpoint support lists it."""
 

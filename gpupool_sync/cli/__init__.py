@@ -1,7 +1,8 @@
 """The command line: ``gpupool-sync``, also ``python -m gpupool_sync``.
 
 Exit status: 0 all is well; 1 an error of ours, or a check that found something; 2 a wrong command line, or an optional
-dependency that is missing; 130 Ctrl-C.  With ``--json`` exactly one JSON value is printed, errors included.
+dependency that is missing; 130 Ctrl-C; ``run`` and ``map`` have more.  With ``--json`` exactly one JSON value
+is printed, errors included.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ COMMANDS = {
     "status": ("status", "Show the servers, their GPUs, and who holds them."),
     "leases": ("leases", "Show who holds which GPU, since when, and who waits."),
     "release": ("release", "Take GPUs back from whoever holds them."),
+    "run": ("run", "Run a command on a GPU, as soon as there is one."),
+    "map": ("map", "Run a command once for each value, each on a GPU of its own."),
     "why": ("why", "Explain, GPU by GPU, why a request is or is not granted now."),
     "doctor": ("doctor", "Check configuration, servers and this machine; say what to do."),
     "demo": ("demo", "Share out 14 simulated GPUs, lose a server, take it back."),

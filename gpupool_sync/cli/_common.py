@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -75,6 +75,11 @@ def client_options(command: F) -> F:
         metavar="SECONDS",
         help="Seconds for one exchange with a server, retries included.  [default: GPU_ENDPOINT_TIMEOUT, else 10]",
     )(command)
+    return endpoints_option(command)
+
+
+def endpoints_option(command: F) -> F:
+    """``--endpoints``"""
     return click.option(
         "--endpoints",
         metavar="URLS",
@@ -82,6 +87,58 @@ def client_options(command: F) -> F:
         help="The servers: comma-separated URLs or name=URL, without credentials.  "
         "[default: GPU_SERVICE_ENDPOINTS and its kin, else this machine's own GPUs]",
     )(command)
+
+
+#: The arguments of `GPUPool.acquire` that say what is asked for, but for ``local``.
+_REQUEST_OPTIONS = (
+    click.option("--model", metavar="TEXT", help="Only GPUs whose name contains this, in any case.  [default: any]"),
+    click.option(
+        "--uuid",
+        multiple=True,
+        metavar="UUID",
+        help="Only this GPU; a beginning is enough; repeatable.  [default: any]",
+    ),
+    click.option("--endpoint", multiple=True, metavar="ID", help="Only at this endpoint; repeatable.  [default: any]"),
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="ID",
+        help="Not this GPU (server1:0 or UUID) or endpoint; repeatable.  [default: none]",
+    ),
+    click.option("--min-free-memory-mb", type=float, metavar="MIB", help="MiB that must be free.  [default: any]"),
+    click.option(
+        "--max-utilization-percent",
+        type=float,
+        metavar="PERCENT",
+        help="Percent of load that must not be exceeded.  [default: the threshold of the settings]",
+    ),
+    click.option(
+        "--memory-mb", type=float, metavar="MIB", help="Share a GPU: so many MiB of it.  [default: the whole GPU]"
+    ),
+    click.option(
+        "--max-holders",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Share a GPU: one of N places.  [default: the whole GPU]",
+    ),
+    click.option(
+        "-n", "--count", type=click.IntRange(min=1), metavar="N", help="So many GPUs of one host.  [default: 1]"
+    ),
+    click.option("--busy-ok", is_flag=True, help="Also a GPU that others compute on.  [default: only an idle one]"),
+)
+
+
+def request_options(command: F) -> F:
+    """What is asked for; `asked_for` makes keyword arguments of what was given."""
+    for option in reversed(_REQUEST_OPTIONS):
+        command = option(command)
+    return command
+
+
+def asked_for(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `request_options` as `GPUPool.acquire` takes them: those that were given."""
+    # By identity: 0 is a number that may be meant.
+    return {name: value for name, value in request.items() if value is not None and value is not False and value != ()}
 
 
 def _without_secrets(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

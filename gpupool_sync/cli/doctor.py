@@ -38,6 +38,8 @@ OTHER_VARIABLES = {
     "GPU_POOL_INHERITED",
     "GPU_POOL_LOCK_DIR",
     "GPU_POOL_PASSTHROUGH",
+    "GPU_POOL_REMOTE_PROGRAM",
+    "GPU_POOL_SSH",
     "GPU_POOL_VISIBLE",
 }
 #: How much alike two names of variables must be for one to be taken for a mistyped other, 0 to 1.
