@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -85,9 +86,22 @@ def test_each_worker_has_a_gpu_of_its_own(pool, tmp_path):
 
 
 def test_one_task_after_the_other_needs_one_gpu(pool):
-    """Who waits for each result before the next task keeps nobody else from the other GPUs."""
+    """Who submits the next task when a result is there, also from a callback, keeps nobody from the other GPUs."""
+    seen, done = [], threading.Event()
     with pool.executor() as executor:
-        assert len({executor.submit(jobs.what_i_see).result(LONG) for _ in range(20)}) == 1
+
+        def next_one(future):
+            seen.append(future.result())
+            if len(seen) == 10:
+                done.set()
+            else:
+                executor.submit(jobs.what_i_see).add_done_callback(next_one)
+
+        executor.submit(jobs.what_i_see).add_done_callback(next_one)
+        assert done.wait(LONG)
+        seen += [executor.submit(jobs.what_i_see).result(LONG) for _ in range(10)]
+        assert len(executor.workers) == 1
+    assert len(set(seen)) == 1
 
 
 def test_tasks_from_several_threads(shared):
@@ -249,12 +263,15 @@ def test_a_request_that_no_gpu_can_satisfy_fails_the_tasks(pool):
         executor.submit(jobs.what_i_see).result(LONG)
 
 
-def test_a_worker_that_gets_no_gpu_leaves_the_tasks_to_the_others(pool, fleet):
+def test_a_worker_that_gets_no_gpu_leaves_the_tasks_to_the_others(pool, fleet, tmp_path):
     """The request has a timeout, and one GPU of three is free: that one does it all."""
     with GPUPool(fleet.urls) as others:
         taken = [others.acquire(timeout=20) for _ in range(2)]
         with pool.executor(max_workers=3, timeout=0.3) as executor:
-            assert len(list(executor.map(jobs.what_i_see, range(6)))) == 6
+            futures = [executor.submit(jobs.wait_for, tmp_path / "go") for _ in range(6)]
+            eventually(lambda: pool.stats()["timeouts"] == 2, LONG)
+            (tmp_path / "go").touch()
+            assert len({future.result(LONG) for future in futures}) == 1
         for gpu in taken:
             gpu.release()
 
@@ -311,8 +328,9 @@ def test_what_cannot_be_pickled_is_said_at_once(shared):
         pickle.dumps(shared)
 
 
-def test_what_a_task_prints_is_seen_when_it_is_done(one, capfd):
+def test_what_a_task_prints_is_seen_when_it_is_done(one, capfd, monkeypatch):
     """Though the worker's output is no terminal, and it lives on."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     one.submit(jobs.say, "hello from a worker").result(LONG)
     assert "hello from a worker" in capfd.readouterr().out
 
@@ -435,6 +453,19 @@ def test_shutdown_waits_for_no_gpu_that_nobody_needs(pool, fleet, tmp_path):
         assert all(not gpu.released for gpu in taken)
         for gpu in taken:
             gpu.release()
+
+
+def test_a_gpu_that_comes_too_late_is_given_back(pool, fleet):
+    """The tasks were done by then: no worker is started on it."""
+    with GPUPool(fleet.urls) as others:
+        taken = [others.acquire(timeout=20) for _ in range(2)]
+        with pool.executor(max_workers=3) as executor:
+            assert len(list(executor.map(jobs.what_i_see, range(3)))) == 3
+            eventually(lambda: pool.stats()["waiting"] == 2, LONG)
+            for gpu in taken:
+                gpu.release()
+            eventually(lambda: pool.stats()["releases"] == 2, LONG)
+            assert len(executor.workers) == pool.stats()["held"] == 1
 
 
 def test_cancelled_tasks_wait_for_no_gpu(pool, fleet):
