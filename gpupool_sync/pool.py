@@ -1356,7 +1356,8 @@ class GPUPool:
         """
         engine = self._opened()
         self._first_reading(engine, Deadline.after(None), stragglers=False)
-        snapshots = [snapshot for snapshot in self._table.view()[0].values() if snapshot.cards]
+        known = self._table.view()[0]
+        snapshots = [known[each] for each in engine.endpoints if each in known and known[each].cards]
         mine = {each.endpoint_id: each.cards for each in snapshots if each.is_local}
         if mine or self._local_ids:
             return True, mine
