@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # Passed on: make demo DEMO_ARGS=--json, make test TEST_ARGS="-x tests/test_strategies.py"
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Tests wait more than they compute, so there may be more at a time than processors.
+TEST_WORKERS ?= 4
 BENCH_ARGS ?=
 # make soak SOAK_ARGS="--store redis --seconds 60"
 SOAK_ARGS ?=
@@ -33,7 +35,7 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.dev-installed
 	@.ci/system-packages $(TEST_SYSTEM_PACKAGES)
-	@$(BIN)/pytest $(TEST_ARGS)
+	@$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ THREAD_GRACE = 5.0
 
 def _is_setting(name: str) -> bool:
     # A proxy would be asked for loopback servers; a mask would hide cards.
-    return name.startswith(("GPU_", "CUDA_")) or name.lower().endswith("_proxy")
+    # The width of somebody's window would wrap what is printed.
+    return name.startswith(("GPU_", "CUDA_")) or name.lower().endswith("_proxy") or name in ("COLUMNS", "LINES")
 
 
 # For fixtures of a wider scope, which are made before the one below.

@@ -65,6 +65,7 @@ ttl = 30
 max_waiting = 7
 name = "nightly"
 breaker_failures = 2
+progress = true
 """
 
 

@@ -114,7 +114,7 @@ def test_what_else_is_known_comes_behind():
         (EndpointInfo, {"available_gpus": 9}, "available_gpus=9: at most total_gpus=8"),
         (EndpointInfo, {"response_time_ms": -0.1}, "response_time_ms=-0.1"),
         (EndpointInfo, {"response_time_ms": float("nan")}, "response_time_ms=nan"),
-        (GlobalGPUInfo, {"global_gpu_id": "server1:1"}, "global_gpu_id='server1:1': server1:0"),
+        (GlobalGPUInfo, {"global_gpu_id": "server1:1"}, "global_gpu_id='server1:1': 'server1:0'"),
         (GlobalGPUInfo, {"local_gpu_id": -1}, "-1"),
         (GlobalGPUInfo, {"name": ""}, "name=''"),
         (GlobalGPUInfo, {"memory_usage_percent": 100.1}, "memory_usage_percent=100.1"),
