@@ -362,9 +362,8 @@ def orphan_of_a_waiter() -> None:
     end = time.monotonic() + PATIENCE
     while not any(each.holder.startswith("orphaned") for each in pool.leases().queue) and time.monotonic() < end:
         time.sleep(0.005)
-    child = os.fork()
-    if child != 0:
-        say(child=child)
+    if os.fork() == 0:
+        say(child=os.getpid())  # itself: now it has let go of what was the parent's
     while True:
         signal.pause()
 

@@ -540,6 +540,7 @@ def test_a_ticket_ends_with_its_process_though_a_child_lives_on(pool, tmp_path):
         (ticket,) = tickets() - before
         process.kill()
         process.wait(20)
+        assert pool.leases().queue == [], "who is dead does not wait"
         held.release()
         assert ticket not in tickets(), "its socket is nobody's any more"
         pool.acquire(count=3, timeout=20).release()

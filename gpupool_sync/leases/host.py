@@ -1245,6 +1245,24 @@ class HostStore:
                             os.unlink(stale, dir_fd=self._directory.queue_fd)
         return dead
 
+    def _has_owner(self, name: str) -> bool:
+        """Whether somebody listens for the ticket's hints; true if that cannot be told."""
+        try:
+            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
+            path = _parse_ticket(os.pread(file.fd, 1 << 22, _STAMPS)).socket
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            return True  # it is just being written, or has left
+        if path is None:
+            return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            try:
+                sender.connect(self._directory.socket_path(path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                return False
+            except OSError:
+                return True
+        return True
+
     def _send(self, sock: str, name: str) -> bool:
         """Whether there is still somebody behind the socket."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -1439,7 +1457,10 @@ class HostStore:
     def queue(self) -> Sequence[TicketInfo]:
         try:
             self._renew_directory()
-            return self._load_queue(None).infos(self._clock())
+            names = self._ticket_names()
+            # Whose owner is gone is otherwise found out only when it is its turn.
+            dead = [name for name in names if name not in self._ticket_ids and not self._has_owner(name)]
+            return self._load_queue(None, [name for name in names if name not in dead]).infos(self._clock())
         except OSError as exc:
             raise LeaseStoreError(_unusable(self._path, exc)) from exc
 
