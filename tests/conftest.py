@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,14 @@ def _is_setting(name: str) -> bool:
 # For fixtures of a wider scope, which are made before the one below.
 for _name in [name for name in os.environ if _is_setting(name)]:
     del os.environ[_name]
+
+
+# Under nohup, or in the background of a script, these are ignored, and would be by the programs that tests start.
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(_number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

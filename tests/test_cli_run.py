@@ -360,13 +360,13 @@ def test_ctrl_z_and_fg(fleet, terminal):
     line = f"{' '.join(OURS)} run -- cat; echo stopped=$?; fg; echo ended=$?"
     it = terminal("bash", "--norc", "-ic", line)
     it.see(b"is a simulated GPU")
-    it.type(b"one\n")
-    it.see(b"one", 2)
+    it.type(b"first\n")
+    it.see(b"first", 2)  # echoed by the terminal, and by the command: it runs
     it.type(b"\x1a")
     it.see(b"stopped=")
     it.see(b"run -- cat", 2)
-    it.type(b"two\n")
-    it.see(b"two", 2)
+    it.type(b"second\n")
+    it.see(b"second", 2)
     it.type(b"\x04")
     it.see(b"ended=0")
     assert it.wait() == 0
