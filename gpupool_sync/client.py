@@ -135,12 +135,12 @@ class GPUWorkerPoolClient:
         if "endpoint_timeout" not in options and config.from_environment("endpoint_timeout") is None:
             options["endpoint_timeout"] = slow
         self._pool = GPUPool(several or one or None, **options)
-        settings = self._pool._settings
+        settings = self._pool._state.settings
         self._multi = bool(several) or len(settings.endpoints) > 1 or bool(settings.sources)
         # By worker id: what was granted and is not released yet. Single dict operations only, which are atomic.
         self._held: dict[str, tuple[GPUAssignment, _Acquiring[GPU], GPU]] = {}
         self._retries = _Retries()
-        self._pool._watchers = (self._retries.heard,)
+        self._pool._state.watchers = (self._retries.heard,)
         # Not guarded: two threads that start at the same instant both may, and the pool opens once.
         self._started = False
 
@@ -364,7 +364,7 @@ class GPUWorkerPoolClient:
             RuntimeError: the client is not started.
         """
         self._require_started("looking at its metrics")
-        status, stats, settings = self._status(), self._pool.stats(), self._pool._settings
+        status, stats, settings = self._status(), self._pool.stats(), self._pool._state.settings
         now = _now()
         metrics = {
             "timestamp": now,
@@ -552,7 +552,7 @@ class GPUWorkerPoolClient:
             ConfigError: there is no such endpoint; it is a `ValueError`.
         """
         self._require_multi("endpoint recovery")
-        self._pool.refresh(2 * self._pool._settings.endpoint_timeout + 1.0, endpoint=endpoint_id)
+        self._pool.refresh(2 * self._pool._state.settings.endpoint_timeout + 1.0, endpoint=endpoint_id)
         return bool(self._pool.stats()["endpoints"].get(endpoint_id, {}).get("healthy", False))
 
     def queue_request_for_retry(self, request_func: Callable[[], _T]) -> Future[_T]:

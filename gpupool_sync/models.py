@@ -249,6 +249,10 @@ class GPURequest:
         )
 
 
+#: A whole GPU, any: what most callers ask for.
+DEFAULT_REQUEST = GPURequest()
+
+
 @attrs.frozen
 class Reason:
     """Why a card was not granted: a stable code for programs, a sentence for people."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gpupool_sync import cuda
 from gpupool_sync.display import seconds
 from gpupool_sync.errors import MissingExtra
-from gpupool_sync.pool import GPUPool, held_here
+from gpupool_sync.pool import GPUPool
+from gpupool_sync.state import held_here
 
 try:
     from IPython.core.error import UsageError

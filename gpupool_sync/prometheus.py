@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpupool_sync import reporting
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, MissingExtra
 
@@ -194,11 +195,11 @@ class PoolCollector(Collector):
 
 
 def _name(pool: GPUPool) -> str:
-    return pool._settings.name or ""
+    return pool._state.settings.name or ""
 
 
 def _add_pool(families: Families, pool: GPUPool) -> None:
-    stats = pool._stats(all_time=True)
+    stats = reporting.stats(pool._state, all_time=True)
     labels = {"pool": _name(pool)}
     for _, name, _, _ in (*_COUNTERS, *_GAUGES):
         families.add(name, labels, stats[name])
@@ -231,10 +232,10 @@ def _add_endpoint(families: Families, labels: Mapping[str, str], numbers: Mappin
 
 
 def _add_cards(families: Families, labels: Mapping[str, str], pool: GPUPool) -> None:
-    engine = pool._engine
+    engine = pool._state.engine
     if engine is None:
         return
-    snapshots, _ = pool._table.view()
+    snapshots, _ = pool._state.table.view()
     now = boottime()
     for endpoint in engine.endpoints.values():
         snapshot = snapshots.get(endpoint.id)
@@ -243,7 +244,7 @@ def _add_cards(families: Families, labels: Mapping[str, str], pool: GPUPool) -> 
         mine = {**labels, "endpoint": endpoint.id}
         age = snapshot.age(now)
         families.add("endpoint_sample_age_seconds", mine, age)
-        if endpoint.open or age > pool._settings.max_stats_age:
+        if endpoint.open or age > pool._state.settings.max_stats_age:
             continue  # nobody would grant from it, and a graph must not show it as of now
         store = engine.store_of(endpoint.id)
         for card in snapshot.cards:

@@ -60,7 +60,7 @@ def main() -> None:
                         pass
                 say(rounds=rounds, waits=pool.stats()["queued"])
             elif command == "leases":
-                say(leases=[[list(info.cards), info.holder.name] for info in pool._engine.arbiter.leases()])
+                say(leases=[[list(info.cards), info.holder.name] for info in pool._state.engine.arbiter.leases()])
             else:
                 say(error=f"unknown command {command}")
         except AcquireTimeout as exc:

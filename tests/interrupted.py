@@ -115,7 +115,7 @@ def main() -> None:
                 "served": served,
                 "interrupts": hits,
                 "forgotten": forgotten,
-                "watched": len(pool._watched),
+                "watched": len(pool._state.watched),
             }
         )
     )

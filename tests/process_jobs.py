@@ -157,7 +157,7 @@ def raise_with_a_gpu(pool: GPUPool, number: int) -> None:
 
 def describe(pool: GPUPool) -> dict[str, object]:
     """What a pool is in another process."""
-    return {"repr": repr(pool), "held": pool.stats()["held"], "on_lost": getattr(pool._on_lost, "__name__", None)}
+    return {"repr": repr(pool), "held": pool.stats()["held"], "on_lost": getattr(pool._state.on_lost, "__name__", None)}
 
 
 def note_lost(gpu: object) -> None:
@@ -183,8 +183,10 @@ def stranger(connection, pool: GPUPool, number: int) -> None:
 
 def _in_sight(frame):
     """What may be a lock of the code that runs in *frame*: attributes of its object, names of its module."""
-    owner = frame.f_locals.get("self")
-    yield from getattr(owner, "__dict__", {}).values()
+    for name in ("self", "state"):
+        owner = frame.f_locals.get(name)
+        yield from getattr(owner, "__dict__", {}).values()
+        yield from (getattr(owner, slot, None) for slot in getattr(type(owner), "__slots__", ()))
     yield from frame.f_globals.values()
 
 

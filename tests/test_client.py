@@ -33,6 +33,7 @@ from gpupool_sync import (
     parse_global_gpu_id,
 )
 from gpupool_sync import client as client_module
+from gpupool_sync.engine import tidy
 from gpupool_sync.status import EndpointInfo
 from gpupool_sync.testing import FakeFleet
 from helpers import environment_after, eventually, resolve_to, run_threads
@@ -147,7 +148,7 @@ def test_the_snippets_of_the_specification_run_verbatim(how, three_servers, monk
         names = {"GPUWorkerPoolClient": GPUWorkerPoolClient}
         exec(CONSTRUCTOR_SNIPPET, names)
         client = names["client"]
-    settings = client.pool._settings
+    settings = client.pool._state.settings
     assert (settings.strategy, settings.endpoint_timeout, settings.endpoint_max_retries) == ("availability", 10.0, 3)
     assert settings.health_check_interval == 30.0
     with client:
@@ -206,7 +207,7 @@ def test_one_endpoint_or_several(arguments, environment, multi, urls, monkeypatc
         monkeypatch.setenv(name, value)
     client = GPUWorkerPoolClient(**arguments)
     assert client.is_multi_endpoint_mode() is multi
-    assert [each.url for each in client.pool._settings.endpoints] == urls
+    assert [each.url for each in client.pool._state.settings.endpoints] == urls
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_one_endpoint_or_several(arguments, environment, multi, urls, monkeypatc
 def test_request_timeout_is_the_default_of_endpoint_timeout(arguments, environment, timeout, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert GPUWorkerPoolClient("http://a", **arguments).pool._settings.endpoint_timeout == timeout
+    assert GPUWorkerPoolClient("http://a", **arguments).pool._state.settings.endpoint_timeout == timeout
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_an_assignment_that_nobody_keeps_stays_held(single):
     """Freeing a card in use is worse than a leak; the predecessor keeps it as well."""
     gpu_id = single.request_gpu(20).gpu_id
     gc.collect()
-    single.pool._tidy()
+    tidy(single.pool._state)
     assert gpu_id in single.get_pool_status().gpu_assignments
 
 
@@ -459,7 +460,7 @@ def test_what_never_reached_the_caller_is_given_back(single, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             single.request_gpu(20)
     gc.collect()
-    eventually(lambda: (single.pool._tidy(), single.get_pool_status().active_workers == 0)[1])
+    eventually(lambda: (tidy(single.pool._state), single.get_pool_status().active_workers == 0)[1])
 
 
 @pytest.mark.parametrize("way", ["release", "block", "raising block"])

@@ -231,9 +231,9 @@ def test_the_literal_strategy(monkeypatch):
     """The highest percentage first, in every form in which it can be asked for."""
     monkeypatch.setenv("GPU_LOAD_BALANCING_STRATEGY_OPTIONS", "Spread=FALSE".lower())
     for pool in (GPUPool(strategy_options={"spread": False, "seed": 1}), GPUPool(strategy="availability")):
-        assert pool._strategy._spread is False
-    assert GPUPool(strategy="weighted", strategy_options={"seed": 5})._strategy._seed == 5
-    assert GPUPool(strategy_options={})._strategy._spread is True
+        assert pool._state.strategy._spread is False
+    assert GPUPool(strategy="weighted", strategy_options={"seed": 5})._state.strategy._seed == 5
+    assert GPUPool(strategy_options={})._state.strategy._spread is True
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_100_refreshes_at_the_same_time_are_at_most_two_polls():
         threads = [threading.Thread(target=lambda: ended.append(pool.refresh(50))) for _ in range(100)]
         for each in threads:
             each.start()
-        (entry,) = pool._engine.monitor._entries.values()
+        (entry,) = pool._state.engine.monitor._entries.values()
         eventually(lambda: len(entry.round) + len(entry.next_round) == 100, message="all of them wait")
         assert not ended
         release.set()

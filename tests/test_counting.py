@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cards import reading
-from gpupool_sync import Endpoint, GPUPool
+from gpupool_sync import Endpoint, GPUPool, reporting
 from gpupool_sync import endpoint as endpoints
 from gpupool_sync.clock import boottime
 from gpupool_sync.counting import (
@@ -421,7 +421,7 @@ def test_response_times_and_polls(fleet):
     """Mean, median and p95 of the last responses; polls by number, time and quantiles."""
     _, make = fleet
     pool = make(poll_interval=3600.0, health_check_interval=3600.0)
-    endpoint = pool._engine.endpoints["a"]
+    endpoint = pool._state.engine.endpoints["a"]
     endpoint._responses.clear()
     endpoint._responses.extend([0.001] * 90 + [0.5] * 10)
     stats = pool.stats()
@@ -441,7 +441,7 @@ def test_a_pool_that_is_not_open_has_statistics_too():
     pool = GPUPool("http://127.0.0.1:9")
     stats = pool.stats()
     assert (stats["polls"], stats["threads"], stats["endpoints"], stats["effectiveness"]) == (0, 0, {}, None)
-    assert pool._engine is None
+    assert pool._state.engine is None
     pool.close()
 
 
@@ -451,13 +451,13 @@ def test_all_of_it_is_json(fleet):
     pool = make()
     pool.acquire(timeout=20).release()
     json.dumps(pool.pop_stats(), allow_nan=False)
-    json.dumps(pool._stats(all_time=True), allow_nan=False)
+    json.dumps(reporting.stats(pool._state, all_time=True), allow_nan=False)
 
 
 def test_a_forked_copy_counts_for_itself(fleet):
     """What the child's endpoints were watched for is not what their parent watched."""
     _, make = fleet
-    endpoint = make()._engine.endpoints["a"]
+    endpoint = make()._state.engine.endpoints["a"]
     eventually(lambda: endpoint.stats()["healthy_seconds"] > 0)
     endpoint.forget_after_fork()
     assert endpoint.stats()["watched_seconds"] == 0.0

@@ -166,7 +166,7 @@ def test_simulated_cards_show_their_leases():
         store = HTTPStore(Endpoint(fleet.urls[0]), Settings(ttl=0.5))
         uuid = gpu.uuid
         assert uuid is not None
-        claim = Claim(id="a", holder=pool._holder, groups=((Wanted(uuid, None),),), ttl=0.5)
+        claim = Claim(id="a", holder=pool._state.holder, groups=((Wanted(uuid, None),),), ttl=0.5)
         store.claim(claim)
         assert eventually(lambda: loads() == [0.0, LEASED_UTILIZATION_PERCENT])
         assert eventually(lambda: loads() == [0.0, 0.0])

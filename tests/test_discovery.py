@@ -15,6 +15,7 @@ from gpupool_sync import AcquireTimeout, ConfigError, Endpoint, EndpointSource, 
 from gpupool_sync.cli import main
 from gpupool_sync.config_file import MAX_BYTES
 from gpupool_sync.discovery import Watch, endpoints_of_file_sd, endpoints_of_lines
+from gpupool_sync.engine import arrived
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from helpers import HoldLog, eventually, run_threads
@@ -450,7 +451,7 @@ def test_a_found_server_can_be_removed_by_hand(two, listing):
         eventually(lambda: pool.stats()["polls"] > looks + 10)
         assert ids(pool) == ["two"]
         listing(f"two={two[1].url}\n")
-        eventually(lambda: len(pool._engine.watches[f"file:{path}"].endpoints) == 1)
+        eventually(lambda: len(pool._state.engine.watches[f"file:{path}"].endpoints) == 1)
         listing(f"one={two[0].url}\ntwo={two[1].url}\n")
         eventually(lambda: sorted(ids(pool)) == ["one", "two"])
 
@@ -579,7 +580,7 @@ def test_a_drained_endpoint_stays_drained(two):
         pool.remove_endpoint("one")
         pool.add_endpoint(two[0].url, name="one")
         pool.acquire(timeout=20)
-    assert "one" not in pool._drained
+    assert "one" not in pool._state.drained
 
 
 def test_changes_by_many_threads(two):
@@ -609,7 +610,7 @@ def test_changes_by_many_threads(two):
             for each in changers:
                 each.join(20)
         assert ids(pool) == ["one"]
-        assert list(pool._table.view()[0]) == ["one"]
+        assert list(pool._state.table.view()[0]) == ["one"]
     assert len(log.holds()) == 160
     assert log.overlaps() == []
 
@@ -618,14 +619,14 @@ def test_a_reading_of_a_removed_endpoint_is_not_granted_from(two):
     """Its name may be another server's by now, with another arbiter; a poll that was under way must not matter."""
     with make_pool([Endpoint(two[0].url, name="box")], poll_interval=60.0, health_check_interval=60.0) as pool:
         pool.open(wait=True)
-        old = pool._table.view()[0]["box"]
+        old = pool._state.table.view()[0]["box"]
         pool.remove_endpoint("box")
-        pool._on_snapshot(old)
-        assert pool._table.view()[0] == {}
+        arrived(pool._state, old)
+        assert pool._state.table.view()[0] == {}
         pool.add_endpoint("http://127.0.0.1:9", name="box")
-        pool._on_snapshot(old)
-        assert pool._table.view()[0] == {}
-        pool._table.update(old)  # even if it came in between two steps
+        arrived(pool._state, old)
+        assert pool._state.table.view()[0] == {}
+        pool._state.table.update(old)  # even if it came in between two steps
         with pytest.raises(AcquireTimeout):
             pool.acquire(timeout=0)
         assert pool.stats()["grants"] == 0
@@ -642,13 +643,13 @@ def test_another_server_under_the_name_of_a_removed_one():
             pool.add_endpoint(new.url, name="box")
             other = pool.acquire(timeout=20)
             assert other.uuid != held.uuid
-            assert new.url in pool._engine.store_of("box").description
+            assert new.url in pool._state.engine.store_of("box").description
             renewals = old.request_count("/v1/leases/renew")
             eventually(lambda: old.request_count("/v1/leases/renew") > renewals, message="the old lease is renewed")
             held.check()
-            (retired,) = pool._engine.retired
+            (retired,) = pool._state.engine.retired
             held.release()
             assert old.request_count("/v1/leases/release") >= 1
-            eventually(lambda: not pool._engine.retired, message="its connections are closed")
+            eventually(lambda: not pool._state.engine.retired, message="its connections are closed")
             assert retired._closed
             other.check()

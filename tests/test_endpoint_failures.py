@@ -9,8 +9,7 @@ from collections import Counter
 
 import pytest
 
-from gpupool_sync import AcquireTimeout, Endpoint, GPUPool
-from gpupool_sync import pool as pool_module
+from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, acquiring
 from gpupool_sync.clock import boottime
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
@@ -111,7 +110,7 @@ def test_pauses_between_attempts_grow(failure):
     with make_pool(failure.all_of_them, health_check_interval=0.4) as pool:
         pool.open(wait=True)
         failure.begin()
-        polled = pool._engine.endpoints["left"]
+        polled = pool._state.engine.endpoints["left"]
         eventually(lambda: polled._opened >= 3, timeout=40, message="three probes in vain")
         # From the shortest, 0.05 s, by doubling; jitter takes up to a quarter, and never adds.
         assert all(0.3 <= polled.pause() <= 0.4 for _ in range(50))
@@ -214,7 +213,7 @@ def test_load_is_redistributed_and_gradually_given_back(fleet, strategy, monkeyp
         pool.open(wait=True)
         for each in shares(pool, 60).values():
             assert each == pytest.approx(20, abs=2)
-        polled = pool._engine.endpoints["left"]
+        polled = pool._state.engine.endpoints["left"]
         fleet[0].fail(500)
         eventually(lambda: polled.open, timeout=30, message="it fails")
         found = shares(pool, 60)
@@ -226,7 +225,7 @@ def test_load_is_redistributed_and_gradually_given_back(fleet, strategy, monkeyp
         assert state(pool, "left").breaker == "closed"
         # Which decisions it takes part in is drawn; here every draw comes up equally often.
         draws = iter([(7 * n % 20 + 0.5) / 20 for n in range(100_000)])
-        monkeypatch.setattr(pool_module, "_random", lambda: next(draws))
+        monkeypatch.setattr(acquiring, "_random", lambda: next(draws))
         at_first = shares(pool, 100)["left"]
         assert 1 <= at_first <= 20
         polled._recovered_at = boottime() - 500.0  # half of the health check interval
@@ -242,10 +241,10 @@ def test_a_recovering_server_is_the_last_resort_meanwhile(fleet):
     with make_pool(fleet[:2], health_check_interval=1000.0, max_stats_age=900.0) as pool:
         pool.open(wait=True)
         fleet[0].fail(500)
-        eventually(lambda: pool._engine.endpoints["left"].open, timeout=30)
+        eventually(lambda: pool._state.engine.endpoints["left"].open, timeout=30)
         fleet[0].heal()
         pool.refresh(30)
-        assert pool._engine.endpoints["left"].reintroduced() < 0.2
+        assert pool._state.engine.endpoints["left"].reintroduced() < 0.2
         assert Counter(pool.acquire(timeout=0).endpoint_id for _ in range(4)) == {"left": 2, "middle": 2}
 
 
@@ -254,7 +253,7 @@ def test_the_literal_strategy_takes_the_highest_share(fleet):
     with make_pool(fleet[:2], strategy_options={"spread": False}) as pool:
         pool.open(wait=True)
         for _ in range(20):
-            pool._strategy.feedback("middle", False)  # a crowd, which makes the default strategy draw
+            pool._state.strategy.feedback("middle", False)  # a crowd, which makes the default strategy draw
         first = pool.acquire(timeout=0)
         for _ in range(10):
             with pool.gpu(timeout=0) as gpu:
@@ -287,7 +286,7 @@ def test_a_server_that_asks_for_patience_gets_no_claims(fleet):
             server.fail(429, retry_after=200)
             with pytest.raises(AcquireTimeout):
                 pool.acquire(timeout=0, max_holders=1)
-            (store,) = pool._engine.servers.values()
+            (store,) = pool._state.engine.servers.values()
             assert isinstance(store, HTTPStore)
             claims = server.request_count(None)
             for _ in range(5):
@@ -305,7 +304,7 @@ def test_retry_after_moves_the_next_poll(fleet, status):
         pool.open(wait=True)
         fleet[0].fail(status, retry_after=100)
         eventually(lambda: state(pool, "left").consecutive_failures, timeout=30)
-        polled = pool._engine.endpoints["left"]
+        polled = pool._state.engine.endpoints["left"]
         assert polled.open is (status == 503)
-        entry = pool._engine.monitor._entries["left"]
+        entry = pool._state.engine.monitor._entries["left"]
         eventually(lambda: entry.due > time.monotonic() + 50, message="the next poll is far away")

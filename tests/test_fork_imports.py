@@ -9,7 +9,7 @@ import pytest
 
 from gpupool_sync.testing import FakeFleet
 
-#: Names each module that a thread of a pool imports; what pool.py imports there it guards against forks itself.
+#: Names each module that a thread of a pool imports; what this package imports there it guards against forks itself.
 _PROGRAM = """
 import sys, threading, time
 

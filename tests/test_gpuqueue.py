@@ -258,7 +258,7 @@ def test_gpus_of_other_machines_have_no_number_here(monkeypatch):
     """Their numbers would be taken for this machine's."""
     with FakeFleet([1]) as fleet, GPUPool(fleet.urls) as pool:
         pool.open(wait=True)
-        view = pool._table.view
+        view = pool._state.table.view
 
         def as_if_real():
             snapshots, duplicates = view()
@@ -269,6 +269,6 @@ def test_gpus_of_other_machines_have_no_number_here(monkeypatch):
                 for key, each in snapshots.items()
             }, duplicates
 
-        monkeypatch.setattr(pool._table, "view", as_if_real)
+        monkeypatch.setattr(pool._state.table, "view", as_if_real)
         with pytest.raises(NoSuchGPU):
             pool.as_queue().get(timeout=20)

@@ -155,7 +155,7 @@ def test_commands_run_masked(pool):
 def test_a_card_stays_leased_while_a_command_runs_on_it(pool, end):
     """Freeing a card in use is worse than keeping it: the lease ends with the command, also across close()."""
     gpu = pool.acquire()
-    store = pool._engine.arbiter
+    store = pool._state.engine.arbiter
     process = gpu.popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         gpu.release() if end == "release" else pool.close()
@@ -168,7 +168,7 @@ def test_a_card_stays_leased_while_a_command_runs_on_it(pool, end):
 def test_a_card_stays_leased_while_run_has_not_returned(pool, tmp_path):
     """A release on another thread does not free a card that a command of `run` is computing on."""
     gpu = pool.acquire()
-    store = pool._engine.arbiter
+    store = pool._state.engine.arbiter
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     runner = threading.Thread(target=gpu.run, args=(["sh", "-c", f"echo >{fifo}; read line <{fifo}"],))

@@ -363,7 +363,7 @@ def test_a_command_learns_that_its_lease_is_lost(start, commands, temporary, tmp
             parent.kill()
         with GPUPool(fleet.urls) as pool:
             pool.open(wait=True)
-            store = pool._engine.store_of(pool.status().endpoints[0].endpoint_id)
+            store = pool._state.engine.store_of(pool.status().endpoints[0].endpoint_id)
             assert store.revoke(had["cards"][0], had["token"], "a test")
         eventually(lambda: child.ask("lost")["lost"], timeout=20)
         assert child.ask("check")["error"].startswith("LeaseLost: ")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpupool_sync import AcquireTimeout, GPUPool
-from gpupool_sync import pool as module
+from gpupool_sync import AcquireTimeout, GPUPool, looking, state
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from helpers import HoldLog, run_threads
@@ -26,8 +25,8 @@ def store():
 
 @pytest.fixture
 def pool(fleet, store, monkeypatch):
-    monkeypatch.setattr(module, "MANY_ENDPOINTS", 0)
-    monkeypatch.setattr(module, "SIGHT_TIME", 3600.0)
+    monkeypatch.setattr(looking, "MANY_ENDPOINTS", 0)
+    monkeypatch.setattr(looking, "SIGHT_TIME", 3600.0)
     with GPUPool(fleet.urls, lease_store=store, poll_interval=3600, health_check_interval=3600) as pool:
         pool.open(wait=True)
         yield pool
@@ -43,7 +42,7 @@ def test_its_own_claims_and_releases_are_seen_at_once(pool):
         gpu.release()
         with pool.gpu(timeout=0) as again:
             assert again.uuid == gpu.uuid
-        pool._touch("another")  # what is not known any more does no harm
+        pool._state.touch("another")  # what is not known any more does no harm
         held[held.index(gpu)] = pool.acquire(timeout=0)
     assert pool.stats()["refused"] == 0
 
@@ -77,10 +76,10 @@ def test_requests_that_nobody_repeats_are_forgotten(pool):
     """Memory stays bounded."""
     for number in range(100):
         pool.acquire(timeout=0, max_utilization_percent=50 + number / 10).release()
-    assert len(pool._sights) <= module.REMEMBERED_REQUESTS + 1
+    assert len(pool._state.sights) <= looking.REMEMBERED_REQUESTS + 1
     for _ in range(100):
         pool.acquire(timeout=0).release()
-    assert all(len(sight.touched) <= module.MOST_TOUCHED for sight in pool._sights.values())
+    assert all(len(sight.touched) <= state.MOST_TOUCHED for sight in pool._state.sights.values())
 
 
 def test_no_two_holders_overlap(pool):

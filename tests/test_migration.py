@@ -57,7 +57,7 @@ def test_the_guide_runs(title, monkeypatch, capsys):
                     if "redis" in value:
                         with monkeypatch.context() as patch:  # there is none; it has to be understood all the same
                             patch.setenv(name, value)
-                            assert GPUWorkerPoolClient("http://gpu1:8000").pool._settings.lease_store == value
+                            assert GPUWorkerPoolClient("http://gpu1:8000").pool._state.settings.lease_store == value
                     else:
                         monkeypatch.setenv(name, value)
             elif language == "console":

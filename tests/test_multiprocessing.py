@@ -21,8 +21,7 @@ import pytest
 
 import process_jobs as jobs
 from cards import Cards, local_pool
-from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, PoolClosed
-from gpupool_sync import pool as pool_module
+from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, PoolClosed, importing
 from gpupool_sync.leases.base import Queued, Refused, Share
 from gpupool_sync.leases.host import HostStore, host_store
 from gpupool_sync.leases.http import HTTPStore
@@ -231,12 +230,12 @@ def test_a_pool_in_any_state_pickles_as_its_settings(monkeypatch, name, tmp_path
     if state == "closed":
         pool.close()
     copy = pickle.loads(pickle.dumps(pool))
-    assert copy._settings == pool._settings
-    assert copy._settings.lease_store == store
+    assert copy._state.settings == pool._state.settings
+    assert copy._state.settings.lease_store == store
     assert jobs.describe(copy)["held"] == 0
     assert "not opened yet, 0 leases" in repr(copy)
-    assert copy._on_lost is jobs.note_lost
-    assert copy._strategy is not pool._strategy
+    assert copy._state.on_lost is jobs.note_lost
+    assert copy._state.strategy is not pool._state.strategy
     with copy, copy.gpu(timeout=20) as gpu:
         if state == "holding":
             assert gpu.uuid != held.uuid
@@ -250,7 +249,7 @@ def test_a_pool_that_is_sent_tells_what_it_is(pool, name):
     """A real other process gets the settings, the function that `on_lost` names, and no lease."""
     pool.add_endpoint("http://127.0.0.1:9", name="far")
     sent = pickle.loads(pickle.dumps(pool))
-    assert list(sent._endpoint_configs) == list(pool._endpoint_configs)
+    assert list(sent._state.endpoint_configs) == list(pool._state.endpoint_configs)
     with (
         GPUPool(name=name, on_lost=jobs.note_lost) as other,
         other.gpu(timeout=20),
@@ -457,7 +456,7 @@ def test_a_fork_at_any_instant(ground, kind, monkeypatch):
     parent held stays locked, in the child or by it.
     """
     # Our thread stands where others only pass by: the fork does not wait for it.
-    monkeypatch.setattr(pool_module, "LONGEST_IMPORT", 0.01)
+    monkeypatch.setattr(importing, "LONGEST_IMPORT", 0.01)
     ground.forks(getattr(ground, kind))
 
 
@@ -472,7 +471,7 @@ def test_a_fork_at_any_instant_with_leases_of_a_server(kind):
                 uuids = [gpu.uuid for gpu in gpus]
             ground = Ground(pool, uuids)
             ground.forks(getattr(ground, kind), 8)
-            store = pool._engine.store_of("alpha")
+            store = pool._state.engine.store_of("alpha")
             assert [info.cards for info in store.leases()] == [(ground.held_uuid,)]
             ground.end()
 
@@ -489,7 +488,7 @@ def test_a_forked_child_does_not_keep_its_parents_lease():
         GPUPool([Endpoint(fleet[0].url, name="alpha")], ttl=1.0, poll_interval=0.2) as pool,
     ):
         gpu = pool.acquire(timeout=20)
-        keeper, lease = pool._engine.keeper, gpu._tie.grant.id
+        keeper, lease = pool._state.engine.keeper, gpu._tie.grant.id
         asked: list[list[str]] = []
 
         def use_own():
@@ -514,7 +513,7 @@ def test_a_forked_child_does_not_keep_its_parents_lease():
             gpu.check()
             # The parent falls silent; its child is still there.
             keeper.stop()
-            store = pool._engine.store_of("alpha")
+            store = pool._state.engine.store_of("alpha")
             eventually(lambda: store.leases() == [], 20, "the lease ends with its ttl")
             assert gpu.lost
 

@@ -28,6 +28,7 @@ from gpupool_sync import (
     TooManyWaiting,
     devices,
 )
+from gpupool_sync.arbiters import make_store
 from gpupool_sync.errors import GPUPoolError
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import ComputeProcess, GPUFault
@@ -70,10 +71,10 @@ def waiting(pool, number):
 def test_a_gpu_is_ours_for_the_block(pool):
     """Within the block nobody else gets the GPU; after it anybody may."""
     with pool.gpu() as gpu:
-        assert [info.cards for info in pool._engine.arbiter.leases()] == [(gpu.uuid,)]
+        assert [info.cards for info in pool._state.engine.arbiter.leases()] == [(gpu.uuid,)]
         assert (gpu.released, gpu.lost) == (False, False)
         gpu.check()
-    assert pool._engine.arbiter.leases() == []
+    assert pool._state.engine.arbiter.leases() == []
     assert gpu.released
     with pytest.raises(LeaseLost, match="released before"):
         gpu.check()
@@ -115,7 +116,7 @@ def test_several_gpus_come_and_go_together(pool):
     with pool.gpus(2) as gpus:
         assert [gpu.local_gpu_id for gpu in gpus] == [0, 1]
         assert (len(gpus), gpus[1].fencing_token) == (2, gpus.fencing_token)
-        assert len(pool._engine.arbiter.leases()) == 1
+        assert len(pool._state.engine.arbiter.leases()) == 1
         with pytest.raises(AcquireTimeout):
             pool.acquire(timeout=0)
     with pool.gpus(1) as gpus:
@@ -199,7 +200,7 @@ def test_a_timed_out_waiter_leaves_nothing_behind(pool):
     with pytest.raises(AcquireTimeout):
         pool.acquire(timeout=0.05)
 
-    assert pool._engine.arbiter.queue() == []
+    assert pool._state.engine.arbiter.queue() == []
     held[0].release()
     assert pool.acquire(timeout=0).uuid == held[0].uuid
 
@@ -267,7 +268,7 @@ def test_many_threads_never_share_a_gpu(pool):
     assert log.overlaps() == []
     assert log.token_regressions() == []
     assert pool.stats()["held"] == 0
-    assert pool._engine.arbiter.leases() == []
+    assert pool._state.engine.arbiter.leases() == []
 
 
 def test_two_pools_of_one_process_exclude_each_other(monkeypatch, cards):
@@ -479,7 +480,7 @@ def test_a_pool_pickles_as_its_settings(monkeypatch):
     pool = GPUPool("http://a:1,http://b:2", strategy="weighted", lease_store="memory:", name="n", memory_threshold=70)
     copied = pickle.loads(pickle.dumps(pool))
 
-    assert copied._settings == pool._settings
+    assert copied._state.settings == pool._state.settings
     assert copied is not pool
     assert "not opened" in repr(copy.copy(pool))
 
@@ -541,7 +542,7 @@ def test_concurrent_refreshes_are_coalesced(monkeypatch):
     with local_pool(monkeypatch, cards, poll_interval=60.0) as pool:
         assert entered.acquire(timeout=20)  # the first poll is under way
         threads = [in_thread(lambda: pool.refresh(30)) for _ in range(100)]
-        eventually(lambda: pool._engine.monitor._entries[next(iter(pool._engine.endpoints))].next_round)
+        eventually(lambda: pool._state.engine.monitor._entries[next(iter(pool._state.engine.endpoints))].next_round)
         leave.set()
         for thread, results in threads:
             thread.join(30)
@@ -600,7 +601,7 @@ def test_errors_of_reading_are_told(monkeypatch, cards):
 
 def test_a_dead_monitor_is_restarted(pool, monkeypatch):
     """Should the scheduling thread die, the next acquire starts another one."""
-    monitor = pool._engine.monitor
+    monitor = pool._state.engine.monitor
     monkeypatch.setattr("threading.excepthook", lambda args: None)
 
     def die():
@@ -631,7 +632,7 @@ def test_first_use_by_many_threads_starts_one_monitor(monkeypatch, cards):
     for _ in range(20):
         pool = local_pool(monkeypatch, cards)
         run_threads(8, lambda _, pool=pool: pool.acquire(timeout=20).release())
-        monitor = pool._engine.monitor
+        monitor = pool._state.engine.monitor
         names = [thread.name for thread in threading.enumerate()]
         assert names.count(f"{monitor._name}-monitor") == 1
         assert monitor.restarts == 0
@@ -645,7 +646,7 @@ def test_two_open_pools_do_not_wait_for_each_other(monkeypatch, cards):
         two = local_pool(monkeypatch, cards)
         two.open(wait=True)
         assert one.stats()["threads"] == two.stats()["threads"] == 2
-        assert two._engine.monitor.stop(20)
+        assert two._state.engine.monitor.stop(20)
         two.close()
         assert one.refresh(20)
 
@@ -689,7 +690,7 @@ def test_a_close_that_was_interrupted_is_finished_by_the_next(monkeypatch, cards
 def test_an_interrupted_release_is_finished_later(pool, monkeypatch):
     """Ctrl-C within release() and a dropped handle: the card comes back by itself."""
     gpu = pool.acquire()
-    store = pool._engine.arbiter
+    store = pool._state.engine.arbiter
     with monkeypatch.context() as patch:
         patch.setattr(store, "release", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -742,20 +743,20 @@ def test_a_memory_pool_in_another_process_warns(monkeypatch):
     """memory: does not reach across processes; a pool that came from another one says so."""
     pool = pickle.loads(pickle.dumps(GPUPool(lease_store="memory:")))
     with pytest.warns(ExclusivityWarning, match="do not see each other"):
-        pool._make_store()
+        make_store(pool._state)
 
 
 def test_local_cards_stay_when_endpoints_come_and_go(monkeypatch, cards):
     """Adding a server to a pool of this machine's cards keeps these, also over close() and open()."""
     with local_pool(monkeypatch, cards) as pool:
         pool.open(wait=True)
-        (here,) = pool._engine.endpoints
+        (here,) = pool._state.engine.endpoints
         with pytest.raises(ConfigError, match=here):
             pool.add_endpoint("http://127.0.0.1:9", name=here)
         pool.add_endpoint("http://127.0.0.1:9", name="far")
         pool.close()
         pool.open()
-        assert list(pool._engine.endpoints) == [here, "far"]
+        assert list(pool._state.engine.endpoints) == [here, "far"]
         pool.remove_endpoint("far")
         pool.remove_endpoint(here)
         with pytest.raises(NoSuchGPU):
@@ -778,7 +779,7 @@ def test_an_unknown_endpoint_is_named(pool):
 
 def test_an_exclusion_of_nothing_is_told(pool):
     """A typo in ``exclude=`` is answered once by a warning, and by explain() each time; names that exist are not."""
-    (here,) = pool._engine.endpoints if pool._engine else (pool.status().endpoints[0].endpoint_id,)
+    (here,) = pool._state.engine.endpoints if pool._state.engine else (pool.status().endpoints[0].endpoint_id,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for known in (f"{here}:1", "GPU-00000001", "GPU-0000000"):

@@ -102,9 +102,11 @@ def test_processes_that_share_servers_never_share_a_card(fleet, tmp_path):
 def test_leases_are_renewed_while_they_are_held(fleet):
     """A lease outlives its ttl many times over as long as its holder lives."""
     with make_pool(fleet, ttl=0.6) as pool, pool.gpu(timeout=20) as gpu:
-        store = pool._engine.store_of(gpu.endpoint_id)
-        first = pool._engine.keeper.good_until(gpu._tie.grant.id)
-        eventually(lambda: pool._engine.keeper.good_until(gpu._tie.grant.id) > first + 1.2, message="two ttls pass")
+        store = pool._state.engine.store_of(gpu.endpoint_id)
+        first = pool._state.engine.keeper.good_until(gpu._tie.grant.id)
+        eventually(
+            lambda: pool._state.engine.keeper.good_until(gpu._tie.grant.id) > first + 1.2, message="two ttls pass"
+        )
         gpu.check()
         assert store.is_held(gpu.uuid)
 

@@ -209,7 +209,7 @@ def test_a_pool_that_is_not_open():
     found = scrape(PoolCollector(pool))
     assert value(found, "gpupool_requests_total", pool="") == 0
     assert not any(name.startswith(("gpupool_endpoint", "gpupool_gpu", "gpupool_poll")) for name in found)
-    assert pool._engine is None
+    assert pool._state.engine is None
     assert threading.active_count() == threads
 
 
@@ -280,7 +280,7 @@ def test_metrics_of_a_real_server():
         assert value(found, "gpupool_server_http_requests_total", path="/v1/leases", status="200") >= 2
         assert 0 <= value(found, "gpupool_server_sample_age_seconds") < 30
         assert value(found, "process_open_fds") > 3
-        for secret in ("Zaphod", "secret", pool._holder.user + "@", pool._holder.id, held._tie.grant.id):
+        for secret in ("Zaphod", "secret", pool._state.holder.user + "@", pool._state.holder.id, held._tie.grant.id):
             assert secret not in text
         # What Prometheus asks for since 2.5.
         status, headers, text = get(url, Accept="application/openmetrics-text; version=1.0.0")

@@ -118,7 +118,7 @@ def test_nobody_holds_it(pool):
 def test_the_gpu_of_somebody_else_needs_force(pool):
     """Names of people and machines are compared, not process ids: another shell of one's own is oneself."""
     gpu = pool.acquire(timeout=10)
-    pool._holder = attrs.evolve(pool._holder, user="somebody-else")
+    pool._state.holder = attrs.evolve(pool._state.holder, user="somebody-else")
 
     with pytest.raises(GPUPoolError, match="force"):
         pool.revoke(gpu.uuid)

@@ -18,7 +18,7 @@ import threading
 import types
 
 from cards import HERE, Cards
-from gpupool_sync import GPUPool, devices, pool, waiting
+from gpupool_sync import GPUPool, acquiring, devices, waiting
 from gpupool_sync.leases.memory import MemoryStore
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     devices.open_reader = lambda: Cards(1)  # type: ignore[assignment]
     devices.host_identity = lambda: HERE  # type: ignore[assignment]
     if mode != "short":
-        pool.SHOW_AFTER = 0.3
+        acquiring.SHOW_AFTER = 0.3
     waiting.RECHECK = 0.1
     gpus = GPUPool(lease_store=MemoryStore(), poll_interval=0.2, name="here", **options)
     held = gpus.acquire(note="[red]busy[/red]\x1b[2J")

@@ -1,0 +1,477 @@
+"""How a GPU is acquired: look, let the strategy order what would do, claim, and wait with a ticket.
+
+Copy the snapshots under the table's lock; filter them; let the strategy order the endpoints; claim at the arbiter; on
+refusal go on with the rest; then wait.  Nothing that blocks happens under a lock, and the arbiter alone decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import attrs
+
+from gpupool_sync.arbiters import warn_of_scope
+from gpupool_sync.callers import user_stacklevel
+from gpupool_sync.choosing import is_empty
+from gpupool_sync.clock import Deadline, boottime
+from gpupool_sync.engine import first_reading, opened
+from gpupool_sync.errors import AcquireTimeout, LeaseLost, LeaseStoreError, NoSuchGPU, PoolClosed
+from gpupool_sync.handle import Grant, bound_to
+from gpupool_sync.holding import collect_dropped
+from gpupool_sync.importing import importing
+from gpupool_sync.leases.base import Claim, Granted, LeaseStore, NotAsked, Queued, Share, Wanted
+from gpupool_sync.looking import Seen, glance, look, room_of, screened_for, unknown_names
+from gpupool_sync.models import Card, GPUFault, GPURequest
+from gpupool_sync.reporting import describe, explain
+from gpupool_sync.state import Engine, PoolState, all_grants
+from gpupool_sync.waiting import Waiter, listener
+
+if TYPE_CHECKING:
+    from gpupool_sync.progress import Progress
+    from gpupool_sync.status import Explanation
+
+logger = logging.getLogger(__name__)
+
+#: Lines that an error explains itself with; `explain` has them all.
+EXPLAINED_CARDS = 20
+#: Seconds of waiting after which a pool whose endpoints are all down says so once.
+LONG_WAIT = 10.0
+#: Seconds of waiting after which it is shown, where the setting `progress` lets it.
+SHOW_AFTER = 2.0
+
+
+def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadline) -> None:
+    """Fill *grant*, or raise."""
+    no_wait = deadline.passed()
+    grant.asked_at = time.monotonic()
+    engine = opened(state)
+    if engine.inherited is not None:
+        engine.inherited.check()
+    engine.monitor.ensure_running()
+    if state.dropped:
+        collect_dropped(state)
+    # Before the claim, so that close() and release_all() find whatever the claim leads to.
+    state.grants[grant.id] = all_grants[grant.id] = grant
+    if engine.first is not None:
+        # A deadline that had passed from the beginning (timeout=0) means not to wait for others; without a
+        # reading nothing could be tried even once.
+        first_reading(state, engine, Deadline(None) if no_wait else deadline)
+    if not state.warned_of_scope:
+        warn_of_scope(state, engine)
+    if state.reads_devices and _stands_in(state):
+        # Whatever was asked for, this machine has nothing but its CPU, and the user said that it will do.
+        request = GPURequest(count=request.count)
+    bound = bound_to()
+    if bound and state.local_ids and request.local is not False and not request.uuid:
+        # CUDA of this process will never see another card: one that it cannot use is of no use to it.
+        request = attrs.evolve(request, uuid=bound)
+    if request.exclude:
+        _warn_of_unknown(state, engine, request.exclude)
+    state.counters.add("requests")
+    claims = _claim_free(state, engine, grant, request, glance(state, engine, request))
+    queued = False
+    if grant.lease is None:
+        claims += _wait_for(state, engine, grant, request, deadline)
+        queued = True
+    if state.closed:
+        # close() released what it saw; this claim may have been granted after that.
+        raise PoolClosed("the pool was closed meanwhile")
+    if engine.inherited is not None:
+        engine.inherited.check()  # what it was taken from may have ended in between
+    grant.begun_at = time.monotonic()
+    assert grant.snapshot is not None
+    state.counters.granted(
+        grant.snapshot.endpoint_id,
+        grant.begun_at - grant.asked_at,
+        claims,
+        queued,
+        grant.choice,
+        state.strategy.ideal_shares,
+    )
+    grant.choice = ()  # a lease may be held for days
+
+
+def _stands_in(state: PoolState) -> bool:
+    """Whether this machine's "cards" are places on its CPU (`GPU_POOL_PASSTHROUGH`)."""
+    snapshots, _ = state.table.view()
+    hosts = (snapshot.sample.host for snapshot in snapshots.values())
+    return any(host is not None and host.passthrough for host in hosts)
+
+
+def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPURequest, deadline: Deadline) -> int:
+    """Wait with a ticket until granted; returns how many claims that took."""
+    _require_possible(state, engine, request)
+    claims = 0
+    if deadline.passed():
+        # One real attempt, also at cards that are said to be held: their holder may have died without a word.
+        claims += _claim_all(state, engine, grant, request, look(state, engine, request), queue=False)
+        if grant.lease is None:
+            raise _timed_out(state, grant, request)
+        return claims
+    told = False
+    progress: Progress | None = None
+    waiter = Waiter(grant.id)
+    state.waiting.join(waiter)
+    try:
+        while True:
+            if state.closed:
+                raise PoolClosed("the pool was closed while this call waited")
+            if grant.cancelled:
+                raise PoolClosed("this call was cancelled while it waited")
+            if engine.inherited is not None:
+                engine.inherited.check()
+            seen = look(state, engine, request)
+            grant.position = None
+            claims += _claim_all(state, engine, grant, request, seen, queue=True)
+            if grant.lease is not None:
+                return claims
+            sleep = state.waiting.recheck()
+            if state.settings.progress is not False:
+                waited = time.monotonic() - grant.asked_at
+                if waited < SHOW_AFTER:
+                    sleep = min(sleep, SHOW_AFTER - waited)
+                else:
+                    # Made first and told then: what an interrupt leaves on the screen is removed below.
+                    progress = progress or _make_progress(state)
+                    _tell_progress(state, progress, grant, request)
+            woken = waiter.wait(deadline.within(sleep))
+            if not woken:
+                engine.monitor.ensure_running()
+                if not told and time.monotonic() - grant.asked_at > LONG_WAIT:
+                    told = True
+                    _tell_long_wait(state, engine, request)
+                # Nothing was given to us that we would have to hand on: tickets are withdrawn, and whoever is
+                # next in line is told.
+                if deadline.passed():
+                    raise _timed_out(state, grant, request)
+                _require_possible(state, engine, request)
+    finally:
+        state.waiting.leave(waiter)
+        if progress is not None:
+            progress.close()
+
+
+def _make_progress(state: PoolState) -> Progress:
+    with importing():  # it imports
+        from gpupool_sync.progress import Progress
+
+        return Progress(state.settings.progress, inherited=state.inherited)
+
+
+def _tell_progress(state: PoolState, progress: Progress, grant: Grant, request: GPURequest) -> None:
+    def explained() -> Explanation:
+        explanation = _explain_to_waiter(state, request)
+        # As in `_timed_out`: an arbiter that cannot be used is not among the cards' reasons.
+        hints = [*grant.problems.values(), *([explanation.hint] if explanation.hint else [])]
+        return attrs.evolve(explanation, hint="; ".join(hints) or None)
+
+    place = None if grant.position is None else grant.position + 1
+    progress.tell(time.monotonic() - grant.asked_at, place, explained)
+
+
+def _explain_to_waiter(state: PoolState, request: GPURequest) -> Explanation:
+    """As `explain`, less the caller itself among those who wait."""
+    explanation = explain(state, request)
+    return attrs.evolve(explanation, waiting=max(0, explanation.waiting - 1))
+
+
+def _tell_long_wait(state: PoolState, engine: Engine, request: GPURequest) -> None:
+    """Waiting for GPUs that are in use is normal; waiting for servers none of which answers deserves a word."""
+    if not any(endpoint.numbers().healthy for endpoint in engine.endpoints.values()):
+        lines = "; ".join(f"{name} {text}" for name, text in list(explain(state, request).endpoints.items())[:5])
+        logger.warning("still waiting for %s, and no endpoint answers: %s", describe(request), lines or "none is left")
+
+
+def _timed_out(state: PoolState, grant: Grant, request: GPURequest) -> AcquireTimeout:
+    state.counters.add("timeouts")
+    waited = time.monotonic() - grant.asked_at
+    explanation = _explain_to_waiter(state, request)
+    # An arbiter that cannot be used is not among the cards' reasons: they may well be free.
+    lines = "\n".join("  " + line for line in [*grant.problems.values(), *explanation.lines(EXPLAINED_CARDS)])
+    error = AcquireTimeout(
+        f"{explanation.request}: none could be had within {waited:.1f} s:\n{lines}{_why_bound(request)}"
+    )
+    error.explanation = explanation
+    return error
+
+
+def _require_possible(state: PoolState, engine: Engine, request: GPURequest) -> None:
+    snapshots, _ = state.table.view()
+    if any(endpoint_id not in snapshots for endpoint_id in engine.endpoints):
+        return  # somebody has not answered yet: who knows
+    if not all(watch.known for watch in engine.watches.values()):
+        return  # where the endpoints are is not known yet, or not at the moment
+    local_only = request.local is None and bool(state.local_ids)
+    most = 0
+    for endpoint_id in engine.endpoints:
+        snapshot = snapshots[endpoint_id]
+        # A card that cannot be read at the moment may come back.
+        if any(_may_matter(fault, endpoint_id, request) for fault in snapshot.sample.faults):
+            return
+        if not local_only or snapshot.is_local:
+            most = max(most, screened_for(state, snapshot, request).possible)
+    if most >= request.count:
+        return
+    explanation = explain(state, request)
+    lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))
+    where = "".join(
+        f"\n  this machine: {each.description}; to use other machines set GPU_SERVICE_ENDPOINTS"
+        for each in engine.endpoints.values()
+        if each.url == "local:"
+    )
+    if engine.inherited is not None:
+        where = f"\n  {engine.inherited.advice()}"
+    text = f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}{_why_bound(request)}"
+    raise NoSuchGPU(text.rstrip())
+
+
+def _warn_of_unknown(state: PoolState, engine: Engine, names: Sequence[str]) -> None:
+    """Once: an exclusion that excludes nothing is most likely mistyped."""
+    unknown = [name for name in unknown_names(state, engine, names) if f"exclude {name}" not in state.told_of]
+    if unknown:
+        state.told_of.update(f"exclude {name}" for name in unknown)
+        warnings.warn(
+            f"exclude: this pool has no {', '.join(unknown)}, so nothing is excluded by that; it has the endpoints "
+            f"{', '.join(list(engine.endpoints)[:5]) or '(none)'}",
+            UserWarning,
+            stacklevel=user_stacklevel(),
+        )
+
+
+def _ordered(state: PoolState, seen: Sequence[Seen], request: GPURequest, grant: Grant) -> list[Seen]:
+    """The endpoints that have enough free cards, as the strategy would try them; the grant notes the choice."""
+    count = request.count
+    ready = [each for each in seen if len(each.free) >= count]
+    if len(ready) < 2:
+        # Also a single endpoint is a decision that the strategy counts.
+        return ready if not ready else _by_strategy(state, ready, request, grant)
+    first = [each for each in ready if each.settled]
+    if len(first) == len(ready):
+        return _by_strategy(state, first, request, grant)
+    later: list[Seen] = []
+    for each in ready:
+        if each.settled:
+            continue
+        # An endpoint whose last poll failed comes last; one that has just recovered gets a growing share.
+        share = each.endpoint.reintroduced()
+        sits_out = each.endpoint.sick or (share < 1.0 and _random() >= share)
+        (later if sits_out else first).append(each)
+    if not first:
+        first, later = later, []
+    return _by_strategy(state, first, request, grant) + later
+
+
+def _by_strategy(state: PoolState, seen: Sequence[Seen], request: GPURequest, grant: Grant) -> list[Seen]:
+    views = [each.view for each in seen]
+    ordered = state.strategy.order(views, request)
+    if len(seen) == 1:
+        return list(seen)
+    if not grant.choice:
+        # The first one counts: what a refusal leaves to choose from is not what the strategy would want.
+        grant.choice = views
+    by_id = {each.endpoint.id: each for each in seen}
+    return [by_id[view.endpoint_id] for view in ordered]
+
+
+def _claim_free(state: PoolState, engine: Engine, grant: Grant, request: GPURequest, seen: Sequence[Seen]) -> int:
+    """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
+    claims = 0
+    left = list(seen)
+    grant.choice = ()
+    while True:
+        # Ordered again after a refusal: strategies learn from it (a crowd is at the best endpoint).
+        order = _ordered(state, left, request, grant)
+        if not order:
+            return claims
+        first = order[0]
+        claims += 1
+        granted = _claim(state, first.store, grant, request, [(first, first.free)], queue=False)
+        state.strategy.feedback(first.endpoint.id, granted)
+        if granted:
+            return claims
+        state.counters.add("refused")
+        state.touch(first.endpoint.id)
+        left.remove(first)
+
+
+def _claim_all(
+    state: PoolState, engine: Engine, grant: Grant, request: GPURequest, seen: Sequence[Seen], *, queue: bool
+) -> int:
+    """
+    Claim at every arbiter, held cards included; returns how many claims that took.
+
+    With *queue*, a ticket for all of them is left at each.
+    """
+    grant.choice = ()
+    order = _ordered(state, seen, request, grant)
+    chosen = set(map(id, order))
+    offers = [(each, [*each.free, *_others(each)]) for each in order]
+    offers += [(each, list(each.wanted)) for each in seen if id(each) not in chosen]
+    by_store: dict[int, tuple[LeaseStore, list[tuple[Seen, list[Card]]]]] = {}
+    for each, cards in offers:
+        by_store.setdefault(id(each.store), (each.store, []))[1].append((each, cards))
+    for number, (store, mine) in enumerate(by_store.values(), 1):
+        if queue and store.needs_listener:
+            listener(store).listen_for(state.waiting)
+        if _claim(state, store, grant, request, mine, queue=queue, reserve=number == 1):
+            assert grant.snapshot is not None
+            state.strategy.feedback(grant.snapshot.endpoint_id, True)
+            return number
+    return len(by_store)
+
+
+def _claim(
+    state: PoolState,
+    store: LeaseStore,
+    grant: Grant,
+    request: GPURequest,
+    offers: Sequence[tuple[Seen, Sequence[Card]]],
+    *,
+    queue: bool,
+    reserve: bool = True,
+) -> bool:
+    anew = store not in grant.asked
+    if anew:
+        grant.asked.append(store)
+    claim = Claim(
+        id=grant.id,
+        holder=state.holder,
+        groups=_groups(store, offers, request),
+        count=request.count,
+        share=_share(request) if request.shared else None,
+        ttl=state.settings.ttl,
+        waited=time.monotonic() - grant.asked_at,
+        queue=queue,
+        reserve=reserve,
+        note=grant.note,
+        emptied=_emptied(store, offers),
+    )
+    sent_at = boottime()
+    try:
+        outcome = store.claim(claim)
+    except LeaseStoreError as exc:
+        # Fail closed: an arbiter that cannot be asked grants nothing. The others still may.
+        state.counters.add("store_errors")
+        if anew and isinstance(exc, NotAsked):
+            grant.asked.remove(store)
+        # Waiters come here each second; that the server wants patience was told with its answer.
+        level = logging.INFO if isinstance(exc, NotAsked) else logging.WARNING
+        logger.log(level, "no lease from %s: %s", store.description, exc)
+        grant.problems[id(store)] = f"no lease from {store.description}: {exc}"
+        return False
+    except LeaseLost:
+        # Only release_all() or close() can have released an id that no caller has yet.
+        raise PoolClosed("the pool's leases were all released while this call waited") from None
+    grant.problems.pop(id(store), None)
+    if not isinstance(outcome, Granted):
+        if isinstance(outcome, Queued) and (grant.position is None or outcome.position < grant.position):
+            grant.position = outcome.position
+        _look_whether_empty(state, store, offers)
+        return False
+    lease = outcome.lease
+    for each, cards in offers:
+        if found := _named(cards, lease.cards):
+            grant.cards = found
+            grant.snapshot = each.snapshot
+            break
+    else:
+        # A repeated claim may return a lease on cards that dropped out of view since.
+        raise LeaseStoreError(f"{store.description} granted cards that were not asked for")
+    grant.store = store
+    grant.lease = lease
+    state.touch(grant.snapshot.endpoint_id)
+    engine = state.engine
+    if lease.ttl is not None and engine is not None:
+        # The arbiter may have granted it at an earlier try whose answer was lost.
+        engine.keeper.add(grant.id, store, lease.ttl, min(sent_at, lease.granted_at))
+        grant.good_until = partial(engine.keeper.good_until, grant.id)
+    for other in grant.asked:
+        if other is not store:
+            try:
+                other.withdraw([grant.id])
+            except LeaseStoreError as exc:  # the ticket ends by itself, as we do not speak for it any more
+                logger.info("a ticket at %s was not withdrawn: %s", other.description, exc)
+    return True
+
+
+def _look_whether_empty(state: PoolState, store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -> None:
+    """A closed card opens with a reading that shows it empty: let one come soon."""
+    closed, engine = store.closed(), state.engine
+    if closed and engine is not None:
+        for each, cards in offers:
+            if any(card.key in closed for card in cards):
+                engine.monitor.nudge(each.endpoint.id)
+
+
+def _why_bound(request: GPURequest) -> str:
+    if not request.uuid or request.uuid != bound_to():
+        return ""
+    return (
+        "\n  CUDA is initialised in this process and bound to the GPU that it had before, so only that one was asked "
+        "for; a process for each GPU is free of that: pool.executor(), or multiprocessing.Pool(maxtasksperchild=1)"
+    )
+
+
+def _share(request: GPURequest) -> Share:
+    return Share(memory_mb=request.memory_mb, places=request.max_holders)
+
+
+def _named(cards: Sequence[Card], keys: Sequence[str]) -> tuple[Card, ...]:
+    """Those of the cards that have these keys, in the order of the keys; empty if the first is not among them."""
+    if len(keys) == 1:
+        for card in cards:
+            if card.key == keys[0]:
+                return (card,)
+        return ()
+    by_key = {card.key: card for card in cards}
+    return tuple([by_key[key] for key in keys]) if keys[0] in by_key else ()
+
+
+def _groups(
+    store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]], request: GPURequest
+) -> tuple[tuple[Wanted, ...], ...]:
+    """The cards of the offers, as a claim names them."""
+    if request.memory_mb is None:
+        return tuple([tuple([_plainly(card.key) for card in cards]) for _, cards in offers])
+    return tuple([tuple([Wanted(card.key, room_of(store, card)) for card in cards]) for _, cards in offers])
+
+
+#: Of a whole card, or of a place, nothing but the key is told.
+_plainly = lru_cache(65536)(Wanted)
+
+
+def _emptied(store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -> Mapping[str, float]:
+    """Of the cards that their arbiter keeps closed: seconds since a reading showed them empty."""
+    closed = store.closed()
+    if not closed:
+        return {}
+    now = boottime()
+    return {
+        card.key: max(0.0, each.snapshot.age(now))
+        for each, cards in offers
+        for card in cards
+        if card.key in closed and is_empty(card.reading)
+    }
+
+
+def _others(seen: Seen) -> list[Card]:
+    free = {card.key for card in seen.free}
+    return [card for card in seen.wanted if card.key not in free]
+
+
+def _may_matter(fault: GPUFault, endpoint_id: str, request: GPURequest) -> bool:
+    """Whether the card, once it can be read again, could satisfy the request."""
+    if request.endpoint and endpoint_id not in request.endpoint:
+        return False
+    return not (request.model and fault.name and request.model.casefold() not in fault.name.casefold())
+
+
+def _random() -> float:
+    import random
+
+    return random.random()  # noqa: S311 - a share of the decisions, no secret
