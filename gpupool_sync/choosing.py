@@ -6,7 +6,8 @@ Pure functions over snapshots: no clock, no lock, no store.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
 
 import attrs
 
@@ -15,6 +16,9 @@ from gpupool_sync.models import Card, GPUReading, GPURequest, Reason, Snapshot
 #: A card with so little memory in use is empty: MiB, and percent of its memory. Drivers keep some for themselves.
 EMPTY_MB = 600.0
 EMPTY_PERCENT = 2.0
+
+#: What keeps a card from being granted that no reading speaks against: who has it, or that it is closed (see `usable`).
+Obstacle = Literal["held", "no-room", "closed"]
 
 
 @attrs.frozen
@@ -159,24 +163,40 @@ def usable(
     *,
     is_held: Callable[[str], bool],
     released_at: Callable[[str], float | None],
-    shared: bool,
-) -> Iterator[tuple[Card, Reason | None, bool]]:
+    closed: Collection[str],
+    fits: Callable[[Card], bool] | None,
+) -> Iterator[tuple[Card, Reason | None, Obstacle | None]]:
     """
-    Each possible card with the veto that stands against it now (None: it would do) and whether it is held.
+    Each possible card with the veto that stands against it now; if none does, with what keeps it from being granted.
 
     A veto falls when the card was released after the sample: the reading shows the last holder's job.  Of a held
     card the reading shows its holder; so it does not count there either, but the lease does.
+
+    Args:
+        closed: keys of the cards that their arbiter grants only when a reading shows them empty.
+        fits: whether a share may still fit beside those that are leased; None: a whole card is asked for.
     """
+    simply = fits is None and not closed  # mostly
     for card in screened.eligible:
-        yield card, None, is_held(card.key)
+        held = is_held(card.key)
+        yield card, None, ("held" if held else None) if simply else _obstacle(card, held, closed, fits)
     taken_at = snapshot.sample.taken_at
     for card, reason in screened.vetoed:
-        if is_held(card.key):
-            explained = not shared or reason.code == "foreign-process"
-            yield card, None if explained else reason, True
-            continue
-        released = released_at(card.key)
-        yield card, None if released is not None and released > taken_at else reason, False
+        held = is_held(card.key)
+        if held:
+            falls = fits is None or reason.code == "foreign-process"
+        else:
+            released = released_at(card.key)
+            falls = released is not None and released > taken_at
+        yield (card, None, _obstacle(card, held, closed, fits)) if falls else (card, reason, None)
+
+
+def _obstacle(card: Card, held: bool, closed: Collection[str], fits: Callable[[Card], bool] | None) -> Obstacle | None:
+    if held if fits is None else not fits(card):
+        return "held" if held else "no-room"
+    if closed and card.key in closed and not is_empty(card.reading):
+        return "closed"
+    return None
 
 
 def _load(card: Card) -> float:

@@ -5,10 +5,11 @@ Nobody is asked and nothing blocks.  What is seen may have changed since; the ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from gpupool_sync.choosing import Screened, is_empty, room_mb, screen, usable
+from gpupool_sync.choosing import Obstacle, Screened, room_mb, screen, usable
 from gpupool_sync.clock import boottime
 from gpupool_sync.leases.base import LeaseStore
 from gpupool_sync.models import Card, EndpointView, GPURequest, Reason, Snapshot
@@ -101,27 +102,33 @@ def look(
                 seen.append(Seen(endpoint, store, snapshot, free, screened.eligible, load))
             continue
         free, wanted = [], []
-        for card, reason, held in usable(
-            screened,
-            snapshot,
-            is_held=store.is_held,
-            released_at=store.released_at,
-            shared=shared,
-        ):
-            if reason is not None:
+        for card, veto, obstacle in judged(store, snapshot, screened, request):
+            if veto is not None:
                 continue
             if duplicates and card.key in duplicates:
                 if card.key in taken:
                     continue  # another URL of the same host has offered it
                 taken.add(card.key)
             wanted.append(card)
-            if closed and card.key in closed and not is_empty(card.reading):
-                continue
-            if shareable(store, card, request) if shared else not held:
+            if obstacle is None:
                 free.append(card)
         if len(wanted) >= request.count:
             seen.append(Seen(endpoint, store, snapshot, free, wanted, sum([card.reading.load for card in free])))
     return seen
+
+
+def judged(
+    store: LeaseStore, snapshot: Snapshot, screened: Screened, request: GPURequest
+) -> Iterator[tuple[Card, Reason | None, Obstacle | None]]:
+    """Each possible card, as `usable` tells, by what is known of its arbiter's leases."""
+    return usable(
+        screened,
+        snapshot,
+        is_held=store.is_held,
+        released_at=store.released_at,
+        closed=store.closed(),
+        fits=partial(_shareable, store, request) if request.shared else None,
+    )
 
 
 def glance(state: PoolState, engine: Engine, request: GPURequest) -> list[Seen]:
@@ -208,7 +215,7 @@ def room_of(store: LeaseStore, card: Card) -> float | None:
     return room_mb(card.reading, leased)
 
 
-def shareable(store: LeaseStore, card: Card, request: GPURequest) -> bool:
+def _shareable(store: LeaseStore, request: GPURequest, card: Card) -> bool:
     """Whether a share may still fit beside those that are leased, as far as is known here."""
     shares = [info.share for info in store.holders_of(card.key)]
     if request.max_holders is not None:

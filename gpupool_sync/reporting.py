@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpupool_sync.choosing import is_empty, usable
+from gpupool_sync.choosing import Obstacle
 from gpupool_sync.clock import boottime
 from gpupool_sync.counting import summary
 from gpupool_sync.errors import GPUPoolError, LeaseStoreError, NoSuchGPU
 from gpupool_sync.leases.base import LeaseInfo, LeaseStore
 from gpupool_sync.leases.shared import CLOSED
-from gpupool_sync.looking import error_of, room_of, screened_for, shareable, unknown_names, why_unusable
+from gpupool_sync.looking import error_of, judged, room_of, screened_for, unknown_names, why_unusable
 from gpupool_sync.models import DEFAULT_REQUEST, Card, GPURequest, Reason, Snapshot
 from gpupool_sync.state import Engine, PoolState, all_grants
 
@@ -110,21 +110,17 @@ def _verdicts(
 ) -> Iterable[tuple[Card, Reason | None]]:
     """Each card of the snapshot with the reason against it, in the order of the cards."""
     store = engine.store_of(snapshot.endpoint_id)
-    closed = store.closed()
     screened = screened_for(state, snapshot, request)
     reasons: dict[str, Reason | None] = {card.key: reason for card, reason in screened.unwanted}
-    for card, reason, held in usable(
-        screened, snapshot, is_held=store.is_held, released_at=store.released_at, shared=request.shared
-    ):
-        if request.shared:
-            if reason is None and not shareable(store, card, request):
-                reason = _held_by(store, card) if held else _no_room(store, card)
-        elif held:
-            reason = _held_by(store, card)
-        if reason is None and closed and card.key in closed and not is_empty(card.reading):
-            reason = CLOSED
-        reasons[card.key] = reason
+    for card, veto, obstacle in judged(store, snapshot, screened, request):
+        reasons[card.key] = veto if obstacle is None else _in_words(obstacle, store, card)
     return [(card, reasons.get(card.key)) for card in snapshot.cards]
+
+
+def _in_words(obstacle: Obstacle, store: LeaseStore, card: Card) -> Reason:
+    if obstacle == "closed":
+        return CLOSED
+    return _held_by(store, card) if obstacle == "held" else _no_room(store, card)
 
 
 def refresh_known(engine: Engine) -> None:

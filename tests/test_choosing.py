@@ -142,17 +142,21 @@ def test_the_room_is_what_foreign_processes_leave(used, leased, room):
 
 def test_a_reading_from_before_the_release_does_not_veto():
     """The next job gets a card at once, although the last reading still shows the job before."""
-    snap = snapshot(reading(0, memory_usage_percent=99.0), taken_at=100.0)
+    snap = snapshot(reading(0, memory_usage_percent=99.0, memory_used_mb=9000.0, processes=None), taken_at=100.0)
     screened = screen(snap, GPURequest(), LIMITS)
 
-    def reasons(released, held=False):
-        seen = usable(screened, snap, is_held=lambda _: held, released_at=lambda _: released, shared=False)
-        return [(reason.code if reason else None, is_held) for _, reason, is_held in seen]
+    def reasons(released, held=False, closed=(), fits=None):
+        is_held, released_at = (lambda _: held), (lambda _: released)
+        seen = usable(screened, snap, is_held=is_held, released_at=released_at, closed=closed, fits=fits)
+        return [(veto.code if veto else None, obstacle) for _, veto, obstacle in seen]
 
-    assert reasons(None) == [("memory", False)]
-    assert reasons(99.0) == [("memory", False)]
-    assert reasons(100.5) == [(None, False)]
-    assert reasons(None, held=True) == [(None, True)]
+    assert reasons(None) == [("memory", None)]
+    assert reasons(99.0) == [("memory", None)]
+    assert reasons(100.5) == [(None, None)]
+    assert reasons(None, held=True) == [(None, "held")]
+    assert reasons(100.5, closed=[card.key for card in snap.cards]) == [(None, "closed")]
+    assert reasons(100.5, fits=lambda _: False) == [(None, "no-room")]
+    assert reasons(None, held=True, fits=lambda _: True) == [("memory", None)]
 
 
 @pytest.mark.parametrize(
