@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
 import random
@@ -249,7 +250,7 @@ class Child(Asker):
 
 def lock_files(patience: float = 0.5) -> list[str]:
     """
-    The files of cards in the lock directory that this process has open, and goes on to have open.
+    The files of cards in the lock directory that this process has open to lock them, and goes on to have open.
 
     Between two rounds there should be none: each is a kernel lock, or may be.
     """
@@ -261,7 +262,9 @@ def lock_files(patience: float = 0.5) -> list[str]:
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 target = os.readlink(f"/proc/self/fd/{name}")
-                if target.startswith(f"{directory}/gpu-"):
+                # Those of locks can be written to; what is open for reading only is never locked.
+                writable = fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+                if writable and target.startswith(f"{directory}/gpu-"):
                     found.add((name, target))
         # Other threads read records now and then, through descriptors that are soon gone.
         before = found if before is None else before & found

@@ -9,6 +9,7 @@ mode "host" the leases are kernel locks in the directory of `GPU_POOL_LOCK_DIR`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -28,11 +29,12 @@ LONGEST_RUN = 25.0
 
 
 def card_files() -> list[str]:
-    """The files of cards that this process has open: each is a lock, or may be."""
+    """The files of cards that this process has open to be written to: each is a lock, or may be."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            found.append(os.path.basename(os.readlink(f"/proc/self/fd/{name}")))
+            if fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                found.append(os.path.basename(os.readlink(f"/proc/self/fd/{name}")))
     return [name for name in found if name.startswith("gpu-")]
 
 

@@ -236,6 +236,13 @@ class LeaseStore(Protocol):
         A hint says that a ticket may have become servable; never a promise.
         """
 
+    def crowded(self) -> bool:
+        """
+        Whether somebody waited at this arbiter a moment ago, as far as is known here; False if that is not known.
+
+        A claim without a ticket is most likely refused there, so whoever can wait leaves one at once. Never does I/O.
+        """
+
     def is_held(self, key: str) -> bool:
         """
         Whether anybody holds the card or a share of it, as far as is known here.

@@ -50,7 +50,7 @@ from gpupool_sync.leases.base import (
 )
 from gpupool_sync.leases.mounts import mount_of, why_private
 from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open
-from gpupool_sync.leases.tickets import MAX_FORWARD, TicketQueue
+from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
 from gpupool_sync.wire import clean_text
 
@@ -77,15 +77,25 @@ RECORD_TIME = 0.25
 GUARD_TIME = 0.2
 #: Seconds that a server's word for a remote holder is believed at most: the longest ttl, and the server's downtime.
 MAX_REMOTE = 600.0
-#: Bytes of a ticket's body up to which what was read of it is remembered.
+#: Bytes of a ticket that are read at first, and up to which what its body says is remembered.
 SHORT_BODY = 4096
+#: Bytes of a ticket that are read at most.
+LONGEST_BODY = 1 << 22
+#: Bytes of a hint: the ticket's name, the instant, and the card that it is about, if it fits.
+LONGEST_MESSAGE = 1024
 #: Explanations name at most so many cards.
 MAX_REASONS = 64
+#: Files of cards, and of tickets, that are kept open to be read again: a waiter mostly looks at the same few.
+MOST_OPEN = 64
+#: Seconds for which tickets that were seen say that somebody waits.
+CROWDED_TIME = 0.1
 
 _QUEUE = "queue"
 _PLACE_OFFSET = 1e9  # seconds
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+# O_NONBLOCK: should somebody put a fifo there, opening it to read must not wait for a writer.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def default_directory(environ: Mapping[str, str] = os.environ) -> str:
@@ -249,10 +259,15 @@ class _Directory:
                     time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
                     continue
             with contextlib.suppress(FileExistsError):
-                made = _opened(name, _OPEN | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd)
-                os.fchmod(made.fd, 0o666)
-                return made, True
+                return self.make_shared_file(name, dir_fd), True
         raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
+
+    @staticmethod
+    def make_shared_file(name: str, dir_fd: int) -> _Descriptor:
+        """A new file that every user may lock and write."""
+        made = _opened(name, _OPEN | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd)
+        os.fchmod(made.fd, 0o666)
+        return made
 
     @staticmethod
     def names(dir_fd: int) -> list[str]:
@@ -274,6 +289,50 @@ class _Directory:
     def is_current(self, file: _Descriptor, name: str, dir_fd: int) -> bool:
         """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
         return self._is_at(file.fd, name, dir_fd)
+
+
+class _Readers:
+    """
+    Files of one directory that stay open to be read: most of a look is opening and closing the same few.
+
+    Never locked through these descriptors.  A file that was deleted since is opened anew by its name.
+    """
+
+    def __init__(self) -> None:
+        # By name. Single operations only, which are atomic; whoever reads holds the descriptor, which is closed with
+        # its last reference.
+        self._files: dict[str, _Descriptor] = {}
+
+    def read(self, name: str, size: int, dir_fd: int) -> bytes:
+        """
+        The first *size* bytes of the file.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+        """
+        file = self._files.get(name)
+        if file is not None:
+            fd = file.fd
+            if os.fstat(fd).st_nlink:
+                return os.pread(fd, size, 0)
+            self.forget(name)
+        file = _opened(name, _READ, dir_fd=dir_fd)
+        data = os.pread(file.fd, size, 0)
+        if len(self._files) < MOST_OPEN:
+            self._files[name] = file
+        return data
+
+    def forget(self, name: str) -> None:
+        """The file is not needed any more."""
+        self._files.pop(name, None)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget all but these."""
+        for name in [name for name in list(self._files) if name not in names]:
+            self.forget(name)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _regular(file: _Descriptor, name: str) -> _Descriptor:
@@ -369,6 +428,7 @@ class HostStore:
         self.private = why_private(self._directory.fd, self._path)
         self.scope = "host" if self.private is None else "container"
         self._boot = boot_id()
+        self._boot_mark = f'"boot":{json.dumps(self._boot)}'.encode()
         self._user = _user_name()
         self._fresh_state()
 
@@ -385,6 +445,11 @@ class HostStore:
         self._listing: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
         self._checked: dict[str, float] = {}  # card key -> when the kernel was asked whether its holder lives
         self._records: dict[str, tuple[float, dict[str, Any] | None, bytes]] = {}  # card key -> read at, record, raw
+        self._card_files = _Readers()
+        self._ticket_files = _Readers()
+        self._told: dict[str, tuple[bytes, Claim]] = {}  # ticket name -> body, and what it says
+        self._offers: dict[str, tuple[str, float]] = {}  # claim id -> card that it was told of, and when
+        self._saw_waiting = float("-inf")  # when tickets were seen
         self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
@@ -422,18 +487,25 @@ class HostStore:
             ):
                 raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
         unqueued: OSError | None = None
-        if claim.queue:
+        names: Sequence[str] = ()
+        granted = self._take_offer(claim)
+        if granted is None and not (claim.queue and (ticket is not None or self.crowded())):
+            names = self._ticket_names()
+            if not (names and claim.queue):
+                granted = self._try(claim, names)
+        if granted is None and claim.queue:
             # The ticket first, then the look: a card that is released between the two finds the ticket.
             try:
                 self._leave_ticket(claim)
+                names = self._ticket_names()
             except OSError as exc:  # such as a full file system
                 self._drop_ticket(claim.id)
                 unqueued = exc
-        granted = self._try(claim)
+            granted = self._try(claim, names)
         if granted is None:
             if unqueued is not None:
                 raise unqueued
-            return Queued(self._position(claim.id)) if claim.queue else Refused(self._reasons(claim))
+            return Queued(self._position(claim.id, names)) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
         if claim.id in self._tickets:
             self._drop_ticket(claim.id)
@@ -464,6 +536,9 @@ class HostStore:
             self._listing = (float("-inf"), frozenset())
             self._records.clear()
             self._checked.clear()
+            self._card_files, self._ticket_files = _Readers(), _Readers()
+            self._told = {}
+            self._offers = {}
         if sock is not None:
             sock.close()
 
@@ -482,9 +557,22 @@ class HostStore:
             self._free(granted)
             raise LeaseLost("this lease was released while it was being granted")
 
-    def _try(self, claim: Claim) -> _Held | None:
-        """Take the cards that the order of the queue allows."""
-        names = self._ticket_names()
+    def _take_offer(self, claim: Claim) -> _Held | None:
+        """
+        Take the card that the ticket of *claim* was told of a moment ago.
+
+        Whoever told it has looked at the queue for that; a second look by the one whose turn it is would find the same.
+        """
+        key, told_at = self._offers.pop(claim.id, ("", 0.0))
+        if not key or claim.count != 1 or claim.share is not None:
+            return None
+        if not 0.0 <= self._clock() - told_at < ANSWER_TIME:
+            return None  # by now it may be somebody else's turn
+        offered = [wanted for group in claim.groups for wanted in group if wanted.key == key][:1]
+        return self._lock_some(claim, offered, offered)
+
+    def _try(self, claim: Claim, names: Sequence[str]) -> _Held | None:
+        """Take the cards that the order of the queue, which are the tickets of *names*, allows."""
         if not names:
             for group in claim.groups:
                 granted = self._lock_some(claim, group, group)
@@ -494,17 +582,17 @@ class HostStore:
         now = self._clock()
         looked: dict[str, bool] = {}
         fits = partial(self._fits_by_record, looked, claim.emptied)
-        # The tickets are read when there is something to share out: where all cards are held, most claims end before.
-        queue: TicketQueue | None = None
         while True:
-            if queue is None and any(fits(wanted, claim.share, ()) for group in claim.groups for wanted in group):
-                queue = self._load_queue(claim)
-            picked, hinted = (None, []) if queue is None else queue.choose(claim, now, fits)
-            dead = self._tell(hinted, now)
-            if dead and queue is not None:
-                for name in dead:
-                    queue.remove(name)
-                continue
+            mine = {wanted.key for group in claim.groups for wanted in group if fits(wanted, claim.share, ())}
+            picked: Sequence[str] | None = None
+            # The tickets are read when there is something to share out; where all cards are held, claims end before.
+            if len(mine) >= claim.count:
+                queue = self._load_queue(claim, names, contested=mine if claim.share is None else None)
+                picked, hinted = queue.choose(claim, now, fits)
+                dead = self._tell(queue, hinted, now)
+                if dead:
+                    names = [name for name in names if name not in dead]
+                    continue
             if picked is None:
                 if claim.count > 1 and self._find_ended(claim, looked):
                     continue
@@ -516,7 +604,7 @@ class HostStore:
             # The records were behind. Each round rules one card out, so this ends.
             for wanted in cards:
                 looked[wanted.key] = False
-        return self._take_over(claim, queue, looked, now)
+        return self._take_over(claim, names, looked, now)
 
     def _find_ended(self, claim: Claim, looked: dict[str, bool]) -> bool:
         """
@@ -534,22 +622,38 @@ class HostStore:
                 found = True
         return found
 
-    def _take_over(self, claim: Claim, queue: TicketQueue | None, looked: dict[str, bool], now: float) -> _Held | None:
+    def _take_over(self, claim: Claim, names: Sequence[str], looked: Mapping[str, bool], now: float) -> _Held | None:
         """Cards whose record says held though the kernel says free: their holder died without a word."""
         for group in claim.groups:
-            left = [wanted for wanted in group if not looked.get(wanted.key, False)]
+            left = [
+                wanted
+                for wanted in group
+                if not looked.get(wanted.key, False) and self._may_have_ended(wanted.key, claim, now)
+            ]
             granted = self._lock_some(claim, left, group)
             if granted is None:
                 continue
             ours = frozenset(granted.lease.cards)
-            queue = queue or self._load_queue(claim)
+            queue = self._load_queue(claim, names)
             picked, hinted = queue.choose(claim, now, partial(_among, ours))
             if picked is not None:
                 return granted
             # Found, but somebody has waited longer: give it back as free, and tell them.
             self._free(granted)
-            self._tell(hinted, now)
+            self._tell(queue, hinted, now)
         return None
+
+    def _may_have_ended(self, key: str, claim: Claim, now: float) -> bool:
+        """
+        Whether to ask the kernel for a card whose record says held.
+
+        Who has a ticket looks again within a second, so each card is asked for at most every `RECORD_TIME`; a claim
+        without one asks in any case, as it may be the only one.
+        """
+        if claim.queue and now - self._checked.get(key, float("-inf")) < RECORD_TIME:
+            return False
+        self._checked[key] = now
+        return True
 
     def _lock_some(self, claim: Claim, order: Sequence[Wanted], group: Sequence[Wanted]) -> _Held | None:
         """Lock `count` of the cards, all or nothing."""
@@ -803,8 +907,7 @@ class HostStore:
             return None  # nobody ever held it: true of most cards of a large fleet, and cheaper than to ask for each
         raw = b""
         with contextlib.suppress(OSError):
-            file = _opened(_file_name(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.fd)
-            raw = os.pread(file.fd, RECORD_BYTES, 0)
+            raw = self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
         if known is not None and raw == known[2]:
             record = known[1]
         else:
@@ -813,6 +916,17 @@ class HostStore:
                 record = None
         self._records[key] = (now, record, raw)
         return record
+
+    def _says_held(self, key: str) -> bool:
+        """
+        Whether the card's file plainly says that somebody holds it; False leaves that to who reads all of it.
+
+        Mostly it does, and at once: nothing else in a record looks like this, as quotes inside of strings are escaped.
+        """
+        with contextlib.suppress(OSError):
+            raw = self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
+            return b'"released_at":null' in raw and self._boot_mark in raw
+        return False
 
     def _fits_by_record(
         self,
@@ -852,6 +966,8 @@ class HostStore:
         return names
 
     def _free_by_record(self, key: str, emptied: Mapping[str, float], *, shared: bool) -> bool:
+        if not shared and self._says_held(key):
+            return False
         record = self._record(key, fresh=True)
         if record is None or record.get("released_at") is not None:
             return key not in self._mine and not self._is_closed(key, record, emptied)
@@ -874,7 +990,7 @@ class HostStore:
 
     def _release(self, ids: Iterable[str], *, given_back: bool = True) -> None:
         freed: list[str] = []
-        waited = False
+        shared = waited = False
         for lease_id in ids:
             with self._lock:
                 self._gone.add(lease_id)
@@ -883,6 +999,7 @@ class HostStore:
                 # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
                 self._free(held, given_back=given_back)
                 freed += held.lease.cards
+                shared = shared or held.lease.share is not None
                 with self._lock:
                     self._held.pop(lease_id, None)
                     self._remote.pop(lease_id, None)
@@ -893,7 +1010,7 @@ class HostStore:
                 self._drop_ticket(lease_id)
                 waited = True
         if freed or waited:
-            self._pass_on(freed)
+            self._pass_on(freed, plainly=not (shared or waited))
 
     withdraw = release
 
@@ -1116,7 +1233,7 @@ class HostStore:
         place = now - claim.waited
         if ticket is None:
             name = _ticket_name(place, f"{time.monotonic_ns():020d}-{os.urandom(6).hex()}")
-            file, _ = self._directory.open_shared_file(name, self._directory.queue_fd)
+            file = self._directory.make_shared_file(name, self._directory.queue_fd)
             ticket = _Ticket(claim, name, place, file)
             # The dictionaries first, so that whatever happens next `withdraw` removes the file.
             self._ticket_ids[name] = claim.id
@@ -1139,17 +1256,22 @@ class HostStore:
             },
             separators=(",", ":"),
         ).encode()
+        # Speaking clears the hint.
+        stamps = _stamps(None, now)
+        if not ticket.body:
+            ticket.body = body
+            os.pwrite(ticket.file.fd, stamps + body, 0)
+            return
         if body != ticket.body:
             os.pwrite(ticket.file.fd, body, _STAMPS)
             os.ftruncate(ticket.file.fd, _STAMPS + len(body))
             ticket.body = body
-        # Speaking clears the hint. Last, so that a ticket with stamps is a whole one.
-        os.pwrite(ticket.file.fd, _stamps(None, now), 0)
+        os.pwrite(ticket.file.fd, stamps, 0)
 
-    def _position(self, claim_id: str) -> int:
-        """How many tickets stand before that of the claim."""
+    def _position(self, claim_id: str, names: Sequence[str]) -> int:
+        """How many of the tickets stand before that of the claim."""
         ticket = self._tickets.get(claim_id)
-        return 0 if ticket is None else sum(name < ticket.name for name in self._ticket_names())
+        return 0 if ticket is None else sum(name < ticket.name for name in names)
 
     def _rename_ticket(self, ticket: _Ticket, name: str) -> None:
         self._ticket_ids[name] = ticket.claim.id
@@ -1159,7 +1281,16 @@ class HostStore:
         ticket.name = name
 
     def _ticket_names(self) -> list[str]:
-        return sorted(name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-"))
+        names = [name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-")]
+        if names:
+            self._saw_waiting = self._clock()
+            names.sort()
+        if len(self._told) > 2 * len(names) + MOST_OPEN:
+            there = frozenset(names)
+            self._ticket_files.keep_only(there)
+            for name in [name for name in list(self._told) if name not in there]:
+                self._told.pop(name, None)
+        return names
 
     def _drop_ticket(self, claim_id: str) -> None:
         ticket = self._tickets.get(claim_id)
@@ -1168,19 +1299,26 @@ class HostStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(ticket.name, dir_fd=self._directory.queue_fd)
         ticket.file.close()
+        self._offers.pop(claim_id, None)
         self._ticket_ids.pop(ticket.name, None)
         self._tickets.pop(claim_id, None)
 
-    def _load_queue(self, claim: Claim | None, names: Sequence[str] | None = None) -> TicketQueue:
+    def _load_queue(
+        self, claim: Claim | None, names: Sequence[str], contested: Collection[str] | None = None
+    ) -> TicketQueue:
         """
-        The tickets of all processes (or those of *names*) as a queue.
+        The tickets of *names*, of whatever processes, as a queue.
 
         With *claim*, up to its own ticket, which has its id there: those behind it have no say in what it may take.
+        With *contested*, the cards that are free of those that a claim for whole cards wants, only as far as there is
+        something left of them: mostly the first ticket takes the only one.
         """
         queue = TicketQueue()
         own = None if claim is None else self._tickets.get(claim.id)
-        for name in self._ticket_names() if names is None else names:
-            if own is not None and name > own.name:
+        left = None if contested is None else len(contested)
+        now = self._clock()
+        for name in names:
+            if left == 0 or (own is not None and name > own.name):
                 break
             loaded = self._load_ticket(name)
             if loaded is None:
@@ -1190,66 +1328,83 @@ class HostStore:
             if claim is not None and mine == claim.id:
                 queue.load(claim, place, None, spoke_at)
             else:
-                queue.load(read, place, hinted_at, spoke_at)
+                ticket = queue.load(read, place, hinted_at, spoke_at)
+                if left and _is_plain(read) and ticket.ready(now) and ticket.keys >= contested:  # type: ignore[operator]
+                    left -= 1
         return queue
 
     def _load_ticket(self, name: str) -> tuple[Claim, float | None, float, float] | None:
         try:
-            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
-            data = os.pread(file.fd, 1 << 22, 0)
+            data = self._ticket_files.read(name, SHORT_BODY, self._directory.queue_fd)
+            if len(data) == SHORT_BODY:
+                data = self._ticket_files.read(name, LONGEST_BODY, self._directory.queue_fd)
             hinted, spoke = data[:_STAMPS].split()
             place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
-            told = _parse_ticket(data[_STAMPS:])
-            claim = Claim(
-                id=name,
-                holder=told.holder,
-                groups=told.groups,
-                count=told.number,
-                share=told.share,
-                reserve=told.reserve,
-                note=told.note,
-            )
-            return claim, None if hinted == b"-" else float(hinted), float(spoke), place
+            body = data[_STAMPS:]
+            known = self._told.get(name)
+            if known is None or known[0] != body:
+                told = _parse_ticket(body)
+                claim = Claim(
+                    id=name,
+                    holder=told.holder,
+                    groups=told.groups,
+                    count=told.number,
+                    share=told.share,
+                    reserve=told.reserve,
+                    note=told.note,
+                )
+                self._told[name] = known = body, claim
+            return known[1], None if hinted == b"-" else float(hinted), float(spoke), place
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             return None  # gone, half written, or not ours: no reason to keep anybody from a card
 
-    def _tell(self, names: Sequence[str], now: float) -> list[str]:
-        """Hint to the owners of the tickets; returns the tickets whose owners are dead."""
+    def _tell(self, queue: TicketQueue, names: Sequence[str], now: float) -> list[str]:
+        """Hint to the owners of these tickets of the queue; returns the tickets whose owners are dead."""
         dead: list[str] = []
         for name in names:
-            body: bytes | None = None
-            # Before the message: what the owner answers clears the mark, never the other way round.
-            try:
-                file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
-                os.pwrite(file.fd, _hint_stamp(now), 0)
-                body = os.pread(file.fd, 1 << 22, _STAMPS)
-            except FileNotFoundError:
-                dead.append(name)  # it has left the queue meanwhile: now it is the next one's turn
-                continue
-            except OSError:  # says nothing about its owner, who looks again by itself
-                pass
-            mine = self._ticket_ids.get(name)
-            if mine is not None:
-                self._hints.tell([mine])
-                continue
-            if body is None:
-                continue
-            sock = None
-            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
-                sock = _parse_ticket(body).socket
-            if sock is None or not self._send(sock, name):
+            ticket = queue.get(name)
+            if not self._tell_one(name, None if ticket is None else ticket.offered, now):
                 dead.append(name)
-                for stale in (name, sock):
-                    with contextlib.suppress(OSError):
-                        if stale is not None:
-                            os.unlink(stale, dir_fd=self._directory.queue_fd)
         return dead
+
+    def _tell_one(self, name: str, offered: str | None, now: float) -> bool:
+        """Hint to the owner of a ticket that a card, *offered* if that is known, may be its; False: it is dead."""
+        body: bytes | None = None
+        # Before the message: what the owner answers clears the mark, never the other way round.
+        try:
+            file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
+            os.pwrite(file.fd, _hint_stamp(now), 0)
+            body = os.pread(file.fd, SHORT_BODY, _STAMPS)
+            if len(body) == SHORT_BODY:
+                body = os.pread(file.fd, LONGEST_BODY, _STAMPS)
+        except FileNotFoundError:
+            return False  # it has left the queue meanwhile: now it is the next one's turn
+        except OSError:  # says nothing about its owner, who looks again by itself
+            pass
+        mine = self._ticket_ids.get(name)
+        if mine is not None:
+            if offered is not None:
+                self._offers[mine] = offered, now
+            self._hints.tell([mine])
+            return True
+        if body is None:
+            return True
+        sock = None
+        with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+            sock = _parse_ticket(body).socket
+        if sock is not None and self._send(sock, _message(name, offered, now)):
+            return True
+        for stale in (name, sock):
+            with contextlib.suppress(OSError):
+                if stale is not None:
+                    os.unlink(stale, dir_fd=self._directory.queue_fd)
+        return False
 
     def _has_owner(self, name: str) -> bool:
         """Whether somebody listens for the ticket's hints; true if that cannot be told."""
         try:
-            file = _opened(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory.queue_fd)
-            path = _parse_ticket(os.pread(file.fd, 1 << 22, _STAMPS)).socket
+            file = _opened(name, _READ, dir_fd=self._directory.queue_fd)
+            path = _parse_ticket(os.pread(file.fd, LONGEST_BODY, _STAMPS)).socket
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             return True  # it is just being written, or has left
         if path is None:
@@ -1263,20 +1418,51 @@ class HostStore:
                 return True
         return True
 
-    def _send(self, sock: str, name: str) -> bool:
+    def _send(self, sock: str, message: bytes) -> bool:
         """Whether there is still somebody behind the socket."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             try:
-                sender.sendto(name.encode(), self._directory.socket_path(sock))
+                sender.sendto(message, self._directory.socket_path(sock))
             except (ConnectionRefusedError, FileNotFoundError):
                 return False
             except OSError:
                 return True  # full, because its process is stopped: it lives, and is passed over in a second
         return True
 
-    def _pass_on(self, freed: Iterable[str] = (), *, taken_by: Claim | None = None) -> None:
-        """Tell whoever is next for what is free now; after the grant to *taken_by* (a whole card), if any is left."""
+    def _hand_on(self, freed: Collection[str], names: Sequence[str]) -> bool:
+        """
+        `_pass_on`, for whole cards and a plain queue: the first who want them and were not told of another one.
+
+        False: the queue is not that plain, and has to be read as a whole.
+        """
+        now = self._clock()
+        left = list(freed)
+        for name in names:
+            if not left:
+                break
+            loaded = self._load_ticket(name)
+            if loaded is None:
+                continue
+            claim, hinted_at, _, _ = loaded
+            if not _is_plain(claim):
+                return False
+            if hinted_at is not None:
+                if now - hinted_at < ANSWER_TIME:
+                    continue  # it is about to take another one
+                return False  # what it was told of may still be free
+            wanted = {wanted.key for group in claim.groups for wanted in group}
+            offered = next((key for key in left if key in wanted), None)
+            if offered is not None and self._tell_one(name, offered, now):
+                left.remove(offered)
+        return True
+
+    def _pass_on(self, freed: Collection[str] = (), *, plainly: bool = False, taken_by: Claim | None = None) -> None:
+        """
+        Tell whoever is next for what is free now; after the grant to *taken_by* (a whole card), if any is left.
+
+        *plainly*: nothing but *freed*, which are whole cards, can have become free.
+        """
         names = self._ticket_names()
         if not names:
             return
@@ -1286,6 +1472,8 @@ class HostStore:
             wished = (wanted.key for group in taken_by.groups for wanted in group)
             if not any(self._free_by_record(key, {}, shared=False) for key in wished):
                 return
+        if plainly and self._hand_on(freed, names):
+            return
         queue = self._load_queue(None, names)
         if not queue:
             return
@@ -1303,7 +1491,7 @@ class HostStore:
         fits = partial(self._fits_by_record, dict.fromkeys(keys, True), {})
         now = self._clock()
         while True:
-            dead = self._tell(queue.hints(keys, now, fits), now)
+            dead = self._tell(queue, queue.hints(keys, now, fits), now)
             if not dead:
                 return
             for name in dead:
@@ -1345,11 +1533,17 @@ class HostStore:
             if not select.select([sock], [], [], max(0.0, end - time.monotonic()))[0]:
                 return
             for _ in range(256):
-                mine = self._ticket_ids.get(sock.recv(256).decode("ascii", "replace"))
+                name, told_at, key = _parse_message(sock.recv(LONGEST_MESSAGE))
+                mine = self._ticket_ids.get(name)
                 if mine is not None:
+                    if key:
+                        self._offers[mine] = key, told_at
                     self._hints.tell([mine])
 
     # -- looking -----------------------------------------------------------------------------------------------
+
+    def crowded(self) -> bool:
+        return self._clock() - self._saw_waiting < CROWDED_TIME
 
     def is_held(self, key: str) -> bool:
         if key in self._mine:
@@ -1490,6 +1684,8 @@ class HostStore:
             self._has_socket.clear()
         for claim_id in list(self._tickets):
             self._drop_ticket(claim_id)
+        self._card_files, self._ticket_files = _Readers(), _Readers()
+        self._told = {}
         if sock is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._socket_name, dir_fd=self._directory.queue_fd)
@@ -1575,6 +1771,26 @@ def _stamps(hinted: float | None, spoke: float) -> bytes:
 
 def _hint_stamp(now: float) -> bytes:
     return f"{now:<31.6f}".encode()
+
+
+def _is_plain(claim: Claim) -> bool:
+    """Whether it takes one whole card, and holds back nothing while it waits."""
+    return claim.count == 1 and claim.share is None
+
+
+def _message(ticket: str, offered: str | None, now: float) -> bytes:
+    told = f"{ticket} {now:.6f} {offered or ''}".encode()
+    return told if len(told) <= LONGEST_MESSAGE else f"{ticket} {now:.6f} ".encode()
+
+
+def _parse_message(message: bytes) -> tuple[str, float, str]:
+    """The ticket's name, when it was told, and the card; empty where nothing is to be made of it."""
+    name, _, rest = message.decode("utf-8", "replace").partition(" ")
+    told_at, _, key = rest.partition(" ")
+    try:
+        return name, float(told_at), key
+    except ValueError:  # anybody can send us anything
+        return name, 0.0, ""
 
 
 def _fits(others: Sequence[Mapping[str, Any]], share: Share, room_mb: float | None) -> bool:

@@ -316,6 +316,9 @@ class HTTPStore:
         heard = self._hearsay.get(key)
         return heard if heard is not None and now - heard[0] < HEARSAY_TIME else None
 
+    def crowded(self) -> bool:
+        return False
+
     def is_held(self, key: str) -> bool:
         # Single look-ups are atomic; a lock here would be taken for every card of every choice.
         now = self._clock()

@@ -240,6 +240,9 @@ class MemoryStore:
             since=max(0.0, now - lease.granted_at),
         )
 
+    def crowded(self) -> bool:
+        return bool(self._queue)
+
     def is_held(self, key: str) -> bool:
         # One dictionary look-up is atomic; a lock here would be taken for every card of every choice.
         return key in self._cards

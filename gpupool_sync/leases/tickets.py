@@ -27,12 +27,13 @@ Fits = Callable[[Wanted, "Share | None", Sequence["Share | None"]], bool]
 class Ticket:
     """One place in the queue; made and changed by `TicketQueue` only."""
 
-    __slots__ = ("claim", "first_place", "hinted_at", "keys", "place", "seq", "spoke_at", "wanted")
+    __slots__ = ("claim", "first_place", "hinted_at", "keys", "offered", "place", "seq", "spoke_at", "wanted")
 
     def __init__(self, claim: Claim, now: float, seq: int) -> None:
         self.seq = seq
         self.first_place = self.place = now - claim.waited
         self.hinted_at: float | None = None  # of the oldest hint that was not answered
+        self.offered: str | None = None  # a card that the hint was about
         self.rewrite(claim, now)
 
     def rewrite(self, claim: Claim, now: float) -> None:
@@ -134,7 +135,7 @@ class TicketQueue:
             ticket.rewrite(claim, now)
         return self._position(ticket)
 
-    def load(self, claim: Claim, place: float, hinted_at: float | None, spoke_at: float) -> None:
+    def load(self, claim: Claim, place: float, hinted_at: float | None, spoke_at: float) -> Ticket:
         """Add a ticket as somebody else's book has it; the order of equal places is that of the calls."""
         self._seq += 1
         ticket = Ticket(claim, spoke_at, self._seq)
@@ -142,6 +143,7 @@ class TicketQueue:
         ticket.hinted_at = hinted_at
         bisect.insort(self._order, ticket)
         self._tickets[claim.id] = ticket
+        return ticket
 
     def _position(self, ticket: Ticket) -> int:
         position = 0
@@ -220,6 +222,7 @@ class TicketQueue:
                 if ticket.hinted_at is None:
                     hints.append(claim.id)
                     ticket.hinted_at = now
+                    ticket.offered = picked[0]
             elif collects and claim.count > 1:
                 picked = plan.collect(claim)
             elif collects:

@@ -1,0 +1,257 @@
+"""The queue of the host's locks, among stores as different processes have them: who is told, and what that saves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+
+import pytest
+
+from gpupool_sync.leases.base import Granted, Queued, Refused, Share
+from gpupool_sync.leases.host import CROWDED_TIME, RECORD_TIME, HostStore
+from gpupool_sync.leases.tickets import ANSWER_TIME
+from test_leases_contract import Clock, Hints, claim, granted
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernel locks of Linux")
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def locks(tmp_path):
+    return tmp_path / "locks"
+
+
+@pytest.fixture
+def stores(locks, clock):
+    """Stores of one directory, which know each other by its files only."""
+    made = []
+
+    def make(number):
+        made.extend(HostStore(str(locks), clock=clock) for _ in range(number))
+        return made[-number:]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def wait(store, *cards, who, **more):
+    """A ticket; returns its claim."""
+    waiting = claim(*cards, who=who, queue=True, **more)
+    assert isinstance(store.claim(waiting), Queued)
+    return waiting
+
+
+def reads_no_tickets(store, monkeypatch):
+    """From here on, reading a ticket is an error."""
+
+    def fail(name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(store, "_load_ticket", fail)
+
+
+def test_who_was_told_of_a_card_takes_it_without_reading_the_queue(stores, clock, monkeypatch):
+    """Whoever told it has read the queue for that."""
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    hints = Hints(second)
+    mine = wait(second, "gpu", who="second")
+    clock.advance(0.01)
+    wait(third, "gpu", who="third", waited=0.0)
+    first.release([held.id])
+    second.listen(5.0)
+    assert hints.take() == [mine.id]
+    reads_no_tickets(second, monkeypatch)
+    assert granted(second.claim(mine)) == ("gpu",)
+
+
+def test_a_hint_that_is_too_old_gives_no_right_to_the_card(stores, clock):
+    """After a second it is the next one's turn, who may be about to claim."""
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    mine = wait(second, "gpu", who="second")
+    clock.advance(0.01)
+    theirs = wait(third, "gpu", who="third")
+    first.release([held.id])
+    second.listen(5.0)
+    clock.advance(ANSWER_TIME)
+    assert granted(third.claim(theirs)) == ("gpu",)
+    assert isinstance(second.claim(mine), Queued)
+
+
+def test_a_card_that_was_taken_meanwhile_is_looked_for_in_the_ordinary_way(stores, clock):
+    """A hint is no promise: whoever comes too late stays in the queue, and takes what else is free."""
+    first, second, third = stores(3)
+    held = [claim(card, who="first") for card in ("gpu-1", "gpu-2")]
+    for each in held:
+        granted(first.claim(each))
+    mine = wait(second, "gpu-1", "gpu-2", who="second")
+    first.release([held[0].id])
+    second.listen(5.0)
+    assert isinstance(third.claim(claim("gpu-1", who="third")), Refused)
+    # Somebody who does not ask the queue, such as an older version.
+    intruder = os.open(f"{first.path}/gpu-gpu-1", os.O_RDWR)
+    fcntl.flock(intruder, fcntl.LOCK_EX)
+    try:
+        assert isinstance(second.claim(mine), Queued)
+        first.release([held[1].id])
+        assert granted(second.claim(mine)) == ("gpu-2",)
+    finally:
+        os.close(intruder)
+
+
+def test_several_cards_go_to_the_oldest_each_one_of_its_own(stores, clock):
+    """Who was told of a card does not need the next one."""
+    first, *others = stores(4)
+    held = [claim(card, who="first") for card in ("gpu-1", "gpu-2")]
+    for each in held:
+        granted(first.claim(each))
+    hints = [Hints(store) for store in others]
+    tickets = []
+    for number, store in enumerate(others):
+        tickets.append(wait(store, "gpu-1", "gpu-2", who=f"waiter-{number}"))
+        clock.advance(0.01)
+    for each in held:
+        first.release([each.id])
+    for store in others:
+        store.listen(0.0)
+    assert [each.take() for each in hints] == [[tickets[0].id], [tickets[1].id], []]
+    cards = [granted(store.claim(ticket)) for store, ticket in zip(others[:2], tickets[:2], strict=True)]
+    assert sorted(cards) == [("gpu-1",), ("gpu-2",)]
+
+
+def test_a_card_that_nobody_came_for_is_not_forgotten(stores, clock):
+    """Its waiter was told and is silent: with the next card that comes free, the next ones hear of both."""
+    first, *others = stores(4)
+    held = [claim(card, who="first") for card in ("gpu-1", "gpu-2")]
+    for each in held:
+        granted(first.claim(each))
+    hints = [Hints(store) for store in others]
+    tickets = []
+    for number, store in enumerate(others):
+        tickets.append(wait(store, "gpu-1", "gpu-2", who=f"waiter-{number}"))
+        clock.advance(0.01)
+    first.release([held[0].id])
+    clock.advance(ANSWER_TIME)
+    first.release([held[1].id])
+    for store in others[1:]:
+        store.listen(0.0)
+    assert [each.take() for each in hints[1:]] == [[tickets[1].id], [tickets[2].id]]
+
+
+def test_a_wish_for_several_cards_is_served_by_the_whole_queue(stores, clock):
+    """The first in line collects: what comes free meanwhile is not handed to those behind it."""
+    first, second, third = stores(3)
+    held = [claim(card, who="first") for card in ("gpu-1", "gpu-2")]
+    for each in held:
+        granted(first.claim(each))
+    behind, both = Hints(third), Hints(second)
+    two = wait(second, "gpu-1", "gpu-2", who="second", count=2)
+    clock.advance(0.01)
+    wait(third, "gpu-1", "gpu-2", who="third")
+    first.release([held[0].id])
+    third.listen(0.0)
+    assert behind.take() == []
+    first.release([held[1].id])
+    second.listen(0.0)
+    assert both.take() == [two.id]
+    assert sorted(granted(second.claim(two))) == ["gpu-1", "gpu-2"]
+
+
+def test_released_shares_tell_those_who_wait_for_the_whole_card(stores):
+    """A share is not a card: who waits hears of it when the last one is gone."""
+    first, second = stores(2)
+    shares = [claim("gpu", who="first", share=Share(places=2)) for _ in range(2)]
+    for each in shares:
+        granted(first.claim(each))
+    hints = Hints(second)
+    whole = wait(second, "gpu", who="second")
+    first.release([shares[0].id])
+    assert isinstance(second.claim(whole), Queued)
+    first.release([shares[1].id])
+    second.listen(5.0)
+    assert whole.id in hints.take()
+    assert granted(second.claim(whole)) == ("gpu",)
+
+
+def test_what_stands_in_a_note_is_not_taken_for_a_held_card(stores):
+    """Records are searched for the word before they are read."""
+    first, second = stores(2)
+    held = claim("gpu", who="first", note='"released_at":null')
+    granted(first.claim(held))
+    first.release([held.id])
+    assert not second._says_held("gpu")
+    waiting = claim("gpu", who="second", queue=True)
+    assert granted(second.claim(waiting)) == ("gpu",)
+
+
+def test_a_fifo_in_the_directory_keeps_nobody_waiting(stores, locks):
+    """Opening one to read it waits for somebody who writes."""
+    (store,) = stores(1)
+    os.mkfifo(locks / "gpu-fifo")
+    assert store.is_held("fifo") is False
+    assert not store._says_held("fifo")
+
+
+def test_it_is_crowded_for_a_moment_after_somebody_was_seen_waiting(stores, clock):
+    """A first claim without a ticket is of use only where nobody waits."""
+    first, second, third = stores(3)
+    assert not third.crowded()
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    mine = wait(second, "gpu", who="second")
+    assert isinstance(third.claim(claim("gpu", who="third")), Refused)
+    assert third.crowded()
+    second.withdraw([mine.id])
+    clock.advance(CROWDED_TIME)
+    assert not third.crowded()
+
+
+def test_a_dead_holder_is_asked_for_once_in_a_while_by_who_waits_and_at_once_by_who_does_not(stores, clock):
+    """A waiter looks again; a claim without a ticket may be the only one that its caller makes."""
+    first, second = stores(2)
+    held = claim("gpu", who="first")
+    outcome = first.claim(held)
+    assert isinstance(outcome, Granted)
+    mine = wait(second, "gpu", who="second")
+    for file in first._held[held.id].files:  # as the kernel does when a process dies
+        file.unlock()
+    assert isinstance(second.claim(mine), Queued), "it has asked the kernel just now"
+    clock.advance(RECORD_TIME)
+    assert granted(second.claim(mine)) == ("gpu",)
+    for file in second._held[mine.id].files:
+        file.unlock()
+    (third,) = stores(1)
+    assert granted(third.claim(claim("gpu", who="third"))) == ("gpu",)
+
+
+def test_files_that_are_kept_open_end_with_the_store(stores):
+    """They are for looking only, and few."""
+
+    def open_files():
+        return sum("gpu-" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
+
+    def _is_open(fd):
+        return os.path.lexists(f"/proc/self/fd/{fd}")
+
+    before = open_files()
+    first, second = stores(2)
+    cards = [f"gpu-{number}" for number in range(100)]
+    for card in cards:
+        each = claim(card, who="first")
+        granted(first.claim(each))
+        first.release([each.id])
+    for card in cards:
+        second.is_held(card)
+    assert open_files() - before <= 64
+    second.close()
+    first.close()
+    assert open_files() == before
