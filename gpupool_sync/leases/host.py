@@ -87,11 +87,15 @@ LONGEST_MESSAGE = 1024
 MAX_REASONS = 64
 #: Files of cards, and of tickets, that are kept open to be read again: a waiter mostly looks at the same few.
 MOST_OPEN = 64
+#: Nanoseconds after the last change of the queue's directory from which on the next one surely bears another time: file
+#: systems count in ticks of some milliseconds.
+SETTLED = 100_000_000
 #: Seconds for which tickets that were seen say that somebody waits.
 CROWDED_TIME = 0.1
 
 _QUEUE = "queue"
 _PLACE_OFFSET = 1e9  # seconds
+_HELD = b'"released_at":null'  # in the record of a lease that was not given back
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 # O_NONBLOCK: should somebody put a fifo there, opening it to read must not wait for a writer.
@@ -138,17 +142,15 @@ class _Descriptor:
     ``io.FileIO`` closes in C too, but warns.
     """
 
-    __slots__ = ("_owner",)
+    __slots__ = ("_owner", "fd")
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-
-    @property
-    def fd(self) -> int:
-        """The number; -1 once it is closed."""
-        return -1 if self._owner.closed else int(self._owner.fileno())
+        #: The number; -1 once it is closed.
+        self.fd: int = owner.fileno()
 
     def close(self) -> None:
+        self.fd = -1  # first: an interrupt after the other line would leave the number of another file
         self._owner.close()
 
     def unlock(self) -> None:
@@ -160,7 +162,7 @@ class _Descriptor:
         """
         with contextlib.suppress(OSError, ValueError):  # closed before
             fcntl.flock(self._owner.fileno(), fcntl.LOCK_UN)
-        self._owner.close()
+        self.close()
 
 
 def _opened(name: str, flags: int, *, dir_fd: int | None) -> _Descriptor:
@@ -180,6 +182,7 @@ class _Directory:
         self._check()
         self._queue_owner = self._open(_QUEUE, self.fd)
         self.queue_fd = self._queue_owner.fd
+        self._identity, self._queue_identity = _identity(os.fstat(self.fd)), _identity(os.fstat(self.queue_fd))
 
     def _open(self, name: str, dir_fd: int | None) -> _Descriptor:
         left = 20
@@ -197,31 +200,28 @@ class _Directory:
     @property
     def id(self) -> str:
         """Of the directory itself, the same by whatever path and in whatever container it is seen, until a reboot."""
-        found = os.fstat(self.fd)
-        return f"{found.st_dev}:{found.st_ino}"
+        return "{}:{}".format(*self._identity)
 
     def is_there(self) -> bool:
         """Whether the path still leads to it: in a deleted directory, or one that was moved away, we are alone."""
         try:
-            return self._is_at(self.fd, self.path, None)
+            return self._is_at(self._identity, self.path, None)
         except OSError:
             return True  # not known; what is done with the descriptor says what is wrong
 
     def is_whole(self) -> bool:
         """Whether it is there, with its queue."""
         try:
-            return self.is_there() and self._is_at(self.queue_fd, _QUEUE, self.fd)
+            return self.is_there() and self._is_at(self._queue_identity, _QUEUE, self.fd)
         except OSError:
             return True
 
     @staticmethod
-    def _is_at(fd: int, name: str, dir_fd: int | None) -> bool:
-        mine = os.fstat(fd)
+    def _is_at(identity: tuple[int, int], name: str, dir_fd: int | None) -> bool:
         try:
-            there = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            return _identity(os.stat(name, dir_fd=dir_fd, follow_symlinks=False)) == identity
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
     @staticmethod
     def _make(name: str, dir_fd: int | None) -> None:
@@ -288,7 +288,7 @@ class _Directory:
 
     def is_current(self, file: _Descriptor, name: str, dir_fd: int) -> bool:
         """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
-        return self._is_at(file.fd, name, dir_fd)
+        return self._is_at(_identity(os.fstat(file.fd)), name, dir_fd)
 
 
 class _Readers:
@@ -335,6 +335,10 @@ class _Readers:
         return len(self._files)
 
 
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 def _regular(file: _Descriptor, name: str) -> _Descriptor:
     if not stat.S_ISREG(os.fstat(file.fd).st_mode):
         raise LeaseStoreError(f"{name} in the lock directory is not a regular file; somebody put it there")
@@ -377,7 +381,7 @@ def _take(file: _Descriptor, how: int) -> bool:
 class _Held:
     """A lease of this process with the descriptors that are its locks."""
 
-    __slots__ = ("files", "guard", "lease", "names")
+    __slots__ = ("files", "guard", "lease", "names", "written")
 
     def __init__(self, lease: Lease, files: list[_Descriptor], names: list[str]) -> None:
         # Guards the descriptors of `files`: two threads that release one lease must not both use them. One of them
@@ -386,6 +390,8 @@ class _Held:
         self.lease = lease
         self.files = files
         self.names = names
+        #: What stands in each file, if the lease's record as it was granted.
+        self.written: list[bytes] = []
 
 
 class _Ticket:
@@ -450,6 +456,8 @@ class HostStore:
         self._told: dict[str, tuple[bytes, Claim]] = {}  # ticket name -> body, and what it says
         self._offers: dict[str, tuple[str, float]] = {}  # claim id -> card that it was told of, and when
         self._saw_waiting = float("-inf")  # when tickets were seen
+        # When it was read (`time.time_ns`), the directory's last change at that time, and the names of tickets.
+        self._queue_listing: tuple[int, int, list[str]] = (0, -1, [])
         self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
@@ -534,6 +542,7 @@ class HostStore:
             self._tickets = {}
             self._ticket_ids = {}
             self._listing = (float("-inf"), frozenset())
+            self._queue_listing = (0, -1, [])
             self._records.clear()
             self._checked.clear()
             self._card_files, self._ticket_files = _Readers(), _Readers()
@@ -719,7 +728,7 @@ class HostStore:
         )
         held = _Held(lease, files, names)
         for file, name in zip(files, names, strict=True):
-            self._write(file, self._record_of(lease, name, released_at=None))
+            held.written.append(self._write(file, self._record_of(lease, name, released_at=None)))
         return held
 
     def _is_ours(self, key: str, share: Share | None) -> bool:
@@ -891,11 +900,13 @@ class HostStore:
     def _remote_of(self, lease_id: str) -> dict[str, Any]:
         return {"remote_until": self._remote[lease_id], "remote": _digest(lease_id)}
 
-    def _write(self, file: _Descriptor, record: Mapping[str, Any]) -> None:
-        data = json.dumps(record, separators=(",", ":")).encode()
+    def _write(self, file: _Descriptor, record: Mapping[str, Any]) -> bytes:
+        """Returns what it wrote."""
+        data = _encode(record).encode()
         if len(data) >= RECORD_BYTES:  # a long URL as key, a long name: what informs most stays
-            data = json.dumps({**record, "note": None, "key": None, "holder": {}}, separators=(",", ":")).encode()
-        os.pwrite(file.fd, data[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n", 0)
+            data = _encode({**record, "note": None, "key": None, "holder": {}}).encode()
+        os.pwrite(file.fd, _padded(data), 0)
+        return data
 
     def _record(self, key: str, *, fresh: bool) -> dict[str, Any] | None:
         """What the card's file says; None if it has none, or none of this boot."""
@@ -925,7 +936,7 @@ class HostStore:
         """
         with contextlib.suppress(OSError):
             raw = self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
-            return b'"released_at":null' in raw and self._boot_mark in raw
+            return _HELD in raw and self._boot_mark in raw
         return False
 
     def _fits_by_record(
@@ -1020,12 +1031,16 @@ class HostStore:
         missing = self._missing(held) is not None
         given_back = given_back and not missing and _revoked_by(held) is None
         with held.guard:
-            for file, name in zip(held.files, held.names, strict=True):
+            for index, (file, name) in enumerate(zip(held.files, held.names, strict=True)):
                 if file.fd < 0:
                     continue
                 # Nothing that goes wrong with a record may keep the card.
                 with contextlib.suppress(OSError):
-                    if held.lease.share is None:
+                    if given_back and held.written and held.lease.share is None:
+                        # The same but for this; quotes inside of strings are escaped, so nothing else looks like it.
+                        released = held.written[index].replace(_HELD, f'"released_at":{now!r}'.encode(), 1)
+                        os.pwrite(file.fd, _padded(released), 0)
+                    elif held.lease.share is None:
                         record = self._record_of(held.lease, name, released_at=now)
                         if not given_back:
                             # Readings since the grant go on counting against the card.
@@ -1152,6 +1167,7 @@ class HostStore:
                 return
             self._remote[lease_id] = until
         with held.guard:
+            held.written = []
             for file, name in zip(held.files, held.names, strict=True):
                 # The record informs and covers the server's death; the lease itself is the kernel's lock.
                 with contextlib.suppress(OSError):
@@ -1244,7 +1260,7 @@ class HostStore:
                 ticket.place = place
                 self._rename_ticket(ticket, _ticket_name(place, ticket.name.split("-", 2)[2]))
         ticket.claim = claim
-        body = json.dumps(
+        body = _encode(
             {
                 "holder": _holder_dict(claim.holder),
                 "socket": self._socket_name,
@@ -1253,8 +1269,7 @@ class HostStore:
                 "share": None if claim.share is None else [claim.share.memory_mb, claim.share.places],
                 "note": None if claim.note is None else claim.note[:200],
                 "groups": [[[wanted.key, wanted.room_mb] for wanted in group] for group in claim.groups],
-            },
-            separators=(",", ":"),
+            }
         ).encode()
         # Speaking clears the hint.
         stamps = _stamps(None, now)
@@ -1281,10 +1296,16 @@ class HostStore:
         ticket.name = name
 
     def _ticket_names(self) -> list[str]:
-        names = [name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-")]
+        changed_at = os.fstat(self._directory.queue_fd).st_mtime_ns
+        known_at, known_change, names = self._queue_listing
+        if changed_at != known_change or known_at - changed_at < SETTLED:
+            # Timed before the listing, so that whatever comes after it bears another time.
+            known_at = time.time_ns()
+            names = [name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-")]
+            self._queue_listing = known_at, changed_at, names
         if names:
             self._saw_waiting = self._clock()
-            names.sort()
+            names = sorted(names)
         if len(self._told) > 2 * len(names) + MOST_OPEN:
             there = frozenset(names)
             self._ticket_files.keep_only(there)
@@ -1718,6 +1739,14 @@ def _among(keys: frozenset[str], wanted: Wanted, share: Share | None, pending: S
 
 def _read(file: _Descriptor) -> dict[str, Any] | None:
     return _parse(os.pread(file.fd, RECORD_BYTES, 0))
+
+
+#: As `json.dumps`, which makes an encoder for each call.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _padded(record: bytes) -> bytes:
+    return record[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n"
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
