@@ -25,7 +25,7 @@ from gpupool_sync.handle import Grant, bound_to
 from gpupool_sync.holding import collect_dropped
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import Claim, Granted, LeaseStore, NotAsked, Queued, Share, Wanted
-from gpupool_sync.looking import Seen, glance, look, room_of, screened_for, unknown_names
+from gpupool_sync.looking import MANY_ENDPOINTS, Seen, glance, look, room_of, screened_for, unknown_names
 from gpupool_sync.models import Card, GPUFault, GPURequest
 from gpupool_sync.reporting import describe, explain
 from gpupool_sync.state import Engine, PoolState, all_grants
@@ -73,7 +73,11 @@ def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadli
     if request.exclude:
         _warn_of_unknown(state, engine, request.exclude)
     state.counters.add("requests")
-    claims = _claim_free(state, engine, grant, request, glance(state, engine, request))
+    claims = 0
+    # Where somebody waits already, a claim without a ticket would be refused: the first one leaves it. With many
+    # endpoints a claim for all of their cards costs more than that.
+    if no_wait or engine.servers or len(engine.endpoints) > MANY_ENDPOINTS or not engine.arbiter.crowded():
+        claims = _claim_free(state, engine, grant, request, glance(state, engine, request))
     queued = False
     if grant.lease is None:
         claims += _wait_for(state, engine, grant, request, deadline)
