@@ -95,7 +95,7 @@ def adopt_server(state: PoolState, engine: Engine, endpoint: PolledEndpoint, sna
         settings = attrs.evolve(
             state.settings, endpoints=(), sources=(), strategy="availability", strategy_options=None
         )
-        store = HTTPStore(mine, settings)
+        store = HTTPStore(mine, settings, pace=endpoint.pace)
         engine.recipes[id(store)] = HTTPStore, (mine, settings)
         engine.unsubscribe.append(store.subscribe(state.waiting.hint))
         engine.servers = {**engine.servers, endpoint.id: store}

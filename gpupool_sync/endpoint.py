@@ -25,7 +25,7 @@ from gpupool_sync.config import Endpoint, Settings
 from gpupool_sync.counting import Uptime, share_of, summary
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Card, Sample, Snapshot, card_key
-from gpupool_sync.transport import Transport, retry_after
+from gpupool_sync.transport import Pace, Transport, Turn, pace_of, retry_after
 
 if TYPE_CHECKING:
     from gpupool_sync.leases.base import LeaseStore
@@ -38,6 +38,9 @@ KEPT_RESPONSES = 100
 FIRST_SHARE = 0.1
 #: Seconds between the first polls of an endpoint that has never answered; doubles up to the poll interval.
 FIRST_PAUSE = 0.125
+#: Seconds that a poll waits for its turn under `max_rate`; it comes back later if that is further away. More than
+#: claims wait (`transport.SOON`): they could take every turn otherwise.
+TURN_PATIENCE = 2.0
 #: pybreaker would end the open period by the wall clock, which steps; the monitor ends it by the monotonic one.
 _NEVER = 100 * 365 * 86400.0
 
@@ -48,6 +51,7 @@ _serials = itertools.count(1)
 class Source(Protocol):
     """Where an endpoint's samples come from."""
 
+    def await_turn(self, deadline: Deadline) -> None: ...
     def fetch(self, deadline: Deadline) -> Sample: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -61,12 +65,15 @@ class TooManyRequests(EndpointUnavailable):
 class HTTPSource:
     """A statistics server."""
 
-    def __init__(self, endpoint: Endpoint, *, max_retries: int) -> None:
+    def __init__(self, endpoint: Endpoint, *, max_retries: int, pace: Pace | None = None) -> None:
         self._id = endpoint.id
-        self._transport = Transport(endpoint, max_retries=max_retries)
+        self._transport = Transport(endpoint, max_retries=max_retries, pace=pace)
+
+    def await_turn(self, deadline: Deadline) -> None:
+        self._transport.await_turn(deadline)
 
     def fetch(self, deadline: Deadline) -> Sample:
-        answer = self._transport.get("/gpu/summary", deadline)
+        answer = self._transport.get("/gpu/summary", deadline, Turn.TAKEN)
         if answer.status != 200:
             wait = retry_after(answer)
             kind = TooManyRequests if answer.status == 429 else EndpointUnavailable
@@ -110,6 +117,9 @@ class DeviceSource:
         self._passthrough = devices.passthrough_asked_for()
         self._reader: devices.Reader | None = None
         self.description = "not read yet"
+
+    def await_turn(self, deadline: Deadline) -> None:
+        """It is always our turn."""
 
     def fetch(self, deadline: Deadline) -> Sample:
         reader = self._reader
@@ -181,9 +191,20 @@ class PolledEndpoint:
     `poll` is called by one thread at a time (the monitor sees to it); everything else from any thread.
     """
 
-    def __init__(self, id: str, url: str, source: Source, settings: Settings, *, local: bool | None) -> None:
+    def __init__(
+        self,
+        id: str,
+        url: str,
+        source: Source,
+        settings: Settings,
+        *,
+        local: bool | None,
+        pace: Pace | None = None,
+    ) -> None:
         self.id = id
         self.url = url
+        #: Of all requests to its server, those about leases included; None: no limit.
+        self.pace = pace
         #: Tells this object's snapshots from those of others of the same id.
         self.serial = next(_serials)
         #: By which its server arbitrates its own cards; set once, before any of its snapshots is granted from.
@@ -298,12 +319,15 @@ class PolledEndpoint:
 
     def poll(self) -> Snapshot:
         """
-        Read the endpoint once, within `endpoint_timeout`.
+        Read the endpoint once, within `endpoint_timeout` from its turn under `max_rate`.
 
         Raises:
+            NoTurn: its turn is too far away to wait for; nothing was asked, and nothing counted.
             EndpointUnavailable: the server is down, slow or turns us away.
             BadAnswer: it answered, but not with GPU statistics.
         """
+        # Before the breaker hears of it: an own cap tells nothing of the server.
+        self._source.await_turn(Deadline.after(TURN_PATIENCE))
         if self.open:
             # The open period is over when the monitor polls again. That poll is the only probe: polls of one
             # endpoint never overlap, and lease requests go by `open`, which stays True until the probe succeeded.
@@ -442,8 +466,9 @@ def local_endpoint_id() -> str:
 
 def make_endpoint(endpoint: Endpoint, settings: Settings) -> PolledEndpoint:
     """The endpoint that a statistics server is."""
-    source = HTTPSource(endpoint, max_retries=settings.endpoint_max_retries)
-    return PolledEndpoint(endpoint.id, endpoint.url, source, settings, local=endpoint.local)
+    pace = pace_of(endpoint)
+    source = HTTPSource(endpoint, max_retries=settings.endpoint_max_retries, pace=pace)
+    return PolledEndpoint(endpoint.id, endpoint.url, source, settings, local=endpoint.local, pace=pace)
 
 
 def make_local_endpoint(settings: Settings) -> PolledEndpoint:

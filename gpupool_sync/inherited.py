@@ -356,6 +356,9 @@ class Inherited:
 
     # An endpoint's `Source`:
 
+    def await_turn(self, deadline: Deadline) -> None:
+        """Nobody is asked."""
+
     def fetch(self, deadline: Deadline) -> Sample:
         """What the process above knew of the cards; always as of now, since it does not change."""
         return Sample(self.readings, boottime(), host=self.host)

@@ -21,9 +21,10 @@ from typing import Any, Union
 from gpupool_sync.clock import Deadline
 from gpupool_sync.counting import POLL_BOUNDS, Durations, summary
 from gpupool_sync.discovery import Found, Watch
-from gpupool_sync.endpoint import PolledEndpoint
+from gpupool_sync.endpoint import TURN_PATIENCE, PolledEndpoint
 from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Snapshot
+from gpupool_sync.transport import NoTurn
 
 logger = logging.getLogger(__name__)
 
@@ -374,6 +375,17 @@ class Monitor:
                     lane.backlog.remove(entry)
             _settle(entry.next_round)
 
+    def _put_off(self, entry: _Entry, pause: float) -> None:
+        """Nothing was asked yet: whoever waits for this poll goes on waiting."""
+        self._lanes[entry.lane].started.pop(entry.endpoint.id, None)
+        entry.running = False
+        entry.asked = None
+        entry.next_round, entry.round = entry.round + entry.next_round, []
+        if self._entries.get(entry.endpoint.id) is entry:
+            self._schedule(entry, pause)
+        else:
+            _settle(entry.next_round)
+
     def _done(self, entry: _Entry, begin: float, pause: float, asked: float | None) -> None:
         entry.not_before = 0.0 if asked is None else begin + asked
         self._lanes[entry.lane].started.pop(entry.endpoint.id, None)
@@ -412,10 +424,14 @@ class Monitor:
         endpoint = entry.endpoint
         begin = time.monotonic()
         asked: float | None = None
+        later: float | None = None
         try:
             result = endpoint.poll()
             if not self._stopping:
                 self._on_found(result) if isinstance(result, Found) else self._on_snapshot(result)
+        except NoTurn as exc:
+            # When it is near enough to be taken, and a little: clocks are read one after the other.
+            later = max(0.0, (exc.retry_after or 0.0) - TURN_PATIENCE) + 0.01
         except GPUPoolError as exc:
             asked = exc.retry_after if isinstance(exc, EndpointUnavailable) else None
             if not self._stopping:
@@ -423,8 +439,12 @@ class Monitor:
         except Exception:
             logger.exception("poll of %s broke", endpoint.id)
         finally:
-            pause = endpoint.pause(asked)
-            self._commands.put(lambda: self._done(entry, begin, pause, asked))
+            if later is None:
+                pause = endpoint.pause(asked)
+                self._commands.put(lambda: self._done(entry, begin, pause, asked))
+            else:
+                put_off = later
+                self._commands.put(lambda: self._put_off(entry, put_off))
 
 
 def _settle(futures: list[Future[None]]) -> None:

@@ -18,12 +18,14 @@ import email.utils
 # ours. A fork at that instant would leave the child a half imported module, which it waits for for ever.
 import encodings.ascii
 import encodings.idna  # noqa: F401
+import enum
 import errno
 import functools
 import http.client
 import importlib.metadata
 import json
 import logging
+import math
 import netrc  # noqa: F401
 import os
 import queue
@@ -67,6 +69,9 @@ MAX_WIRE_BYTES = MAX_BODY_BYTES + 1024 * 1024
 #: Retry-After is believed up to so many seconds.
 MAX_RETRY_AFTER = 300.0
 
+#: A request of `Turn.SOON` waits for its turn under `max_rate` so many seconds at most.
+SOON = 1.0
+
 #: Idle connections kept; more callers at once than that get one each, which is closed afterwards.
 _POOL_SIZE = 32
 _CHUNK_BYTES = 64 * 1024
@@ -109,50 +114,121 @@ def _http_date(text: str) -> float | None:
         return None
 
 
+class Turn(enum.Enum):
+    """When a request is sent, as far as `max_rate` has a say in it."""
+
+    WAIT = "in its turn, if that comes before the deadline"
+    SOON = "in its turn, if that comes within `SOON` seconds and before the deadline"
+    NOW = "at once; it is counted, so the others come later"
+    TAKEN = "at once; `Transport.await_turn` has taken its turn"
+
+
+class NoTurn(EndpointUnavailable):
+    """The server was not asked, as `max_rate` allows that only in `retry_after` seconds: it need not be sick."""
+
+
+class Pace:
+    """
+    Whose turn it is under the `max_rate` of one endpoint, shared by all connections to it.
+
+    Args:
+        rate: requests per second.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._next = 0.0  # time.monotonic() from which the next request is allowed
+        self.forget_after_fork()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: a new lock; what the parent sent a moment ago counts here too."""
+        # Guards _next: arithmetic only.
+        self._lock = threading.Lock()
+
+    def take(self, latest: float) -> tuple[float, bool]:
+        """The instant of the next turn, and whether it was taken: not if it comes after *latest*."""
+        with self._lock:
+            turn = max(time.monotonic(), self._next)
+            if turn > latest:
+                return turn, False
+            self._next = turn + 1.0 / self.rate
+            return turn, True
+
+    def count(self) -> None:
+        """A request is sent without a turn: those to come wait longer, so that the rate holds in the long run."""
+        with self._lock:
+            self._next = max(time.monotonic(), self._next) + 1.0 / self.rate
+
+
+def pace_of(endpoint: Endpoint) -> Pace | None:
+    """A new pace for *endpoint*; None if it has no `max_rate`."""
+    return None if endpoint.max_rate is None else Pace(endpoint.max_rate)
+
+
 class Transport:
     """
     The connections to one endpoint; any number of threads may ask at once.
+
+    Transports to the same endpoint share a *pace*; without one, `max_rate` holds for this one alone.
 
     `get` and `post` return whatever the server answered, or raise one of ours:
 
     Raises:
         EndpointUnavailable: no complete answer arrived within the deadline, or the transport was closed.
+        NoTurn: its turn under `max_rate` comes too late.
         BadAnswer: what arrived is no HTTP, or too large.
 
     Cookies are not kept and redirects are not followed.  With ``verify=False`` certificates are not looked at, without
     further warning.
     """
 
-    def __init__(self, endpoint: Endpoint, *, max_retries: int = 3) -> None:
+    def __init__(self, endpoint: Endpoint, *, max_retries: int = 3, pace: Pace | None = None) -> None:
         self._endpoint = endpoint
         self._max_retries = max_retries
+        self._pace = pace_of(endpoint) if pace is None else pace
         self._refusing = False
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        # Guards _link, _exchanges, _next_slot, and the change of _refusing to True.  Innermost: held for assignments
+        # Guards _link, _exchanges, and the change of _refusing to True.  Innermost: held for assignments
         # and set operations only, never while connecting, reading files, waiting, or closing.
         self._lock = threading.Lock()
         self._link: _Link | None = None
         self._exchanges: set[_Exchange] = set()
-        self._next_slot = 0.0  # time.monotonic() at which `max_rate` allows the next request
         # Set when exchanges are to end; waits that are not on a socket wait on this.
         self._stopped = threading.Event()
         # Every socket made, so that a forked child finds the parent's.  Iterated only there, where one thread is left.
         self._sockets: weakref.WeakSet[_Bounded] = weakref.WeakSet()
 
-    def get(self, path: str, deadline: Deadline) -> Answer:
-        """Ask for *path* (``/gpu/summary``)."""
-        return self._exchange("GET", path, None, deadline)
+    def await_turn(self, deadline: Deadline) -> None:
+        """
+        Take the next turn under `max_rate` and wait for it: the request that follows is of `Turn.TAKEN`.
 
-    def post(self, path: str, payload: Mapping[str, object], deadline: Deadline) -> Answer:
+        Raises:
+            NoTurn: it comes after the deadline, and was not taken.
+            EndpointUnavailable: the transport was closed meanwhile.
+        """
+        try:
+            self._wait_for_turn(deadline, Turn.WAIT)
+        except ConnectionAbortedError as exc:
+            raise self._unavailable("given up, its connections were closed") from exc
+
+    def get(self, path: str, deadline: Deadline, turn: Turn = Turn.WAIT) -> Answer:
+        """Ask for *path* (``/gpu/summary``)."""
+        return self._exchange("GET", path, None, deadline, turn)
+
+    def post(self, path: str, payload: Mapping[str, object], deadline: Deadline, turn: Turn = Turn.WAIT) -> Answer:
         """
         Send *payload* as JSON to *path*.
 
         It is repeated like a GET when the connection ends without an answer, so the request must be idempotent.
         """
         body = json.dumps(payload, allow_nan=False, separators=(",", ":")).encode()
-        return self._exchange("POST", path, body, deadline)
+        return self._exchange("POST", path, body, deadline, turn)
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or until the transport is closed."""
+        self._stopped.wait(seconds)
 
     def abort(self) -> None:
         """From any thread: exchanges under way fail at once with `EndpointUnavailable`, new ones are refused."""
@@ -181,6 +257,8 @@ class Transport:
                 os.close(descriptor)
         if self._link is not None:
             self._link.forget()
+        if self._pace is not None:
+            self._pace.forget_after_fork()
         _current.exchange = None
         self._start_afresh()
         if self._refusing:
@@ -188,8 +266,8 @@ class Transport:
 
     # -- one exchange ------------------------------------------------------------------------------------------
 
-    def _exchange(self, method: str, path: str, body: bytes | None, deadline: Deadline) -> Answer:
-        exchange = _Exchange(self, deadline)
+    def _exchange(self, method: str, path: str, body: bytes | None, deadline: Deadline, turn: Turn) -> Answer:
+        exchange = _Exchange(self, deadline, turn)
         with self._lock:
             refused = self._refusing
             if not refused:
@@ -203,7 +281,7 @@ class Transport:
             _current.exchange = exchange
             if deadline.passed():
                 raise self._unavailable("not asked, no time was left for it")
-            self._pace(exchange)
+            self._wait_for_turn(deadline, turn)
             link = self._opened()
             request = link.request(method, self._endpoint.url + path, body)
             begin = time.monotonic()
@@ -249,21 +327,22 @@ class Transport:
             raise self._unavailable("not asked, its connections are closed")
         return link
 
-    def _pace(self, exchange: _Exchange) -> None:
-        """Wait for our turn under `max_rate`; a turn that comes after the deadline is not taken."""
-        rate = self._endpoint.max_rate
-        if rate is None:
+    def _wait_for_turn(self, deadline: Deadline, turn: Turn) -> None:
+        pace = self._pace
+        if pace is None or turn is Turn.TAKEN:
             return
-        at = exchange.deadline.at
-        with self._lock:
-            now = time.monotonic()
-            slot = max(now, self._next_slot)
-            fits = at is None or slot < at
-            if fits:
-                self._next_slot = slot + 1.0 / rate
-        if not fits:
-            raise self._unavailable(f"not asked, max_rate={rate:g} allows the next request only in {slot - now:.2f} s")
-        self._pause(slot - now)
+        if turn is Turn.NOW:
+            pace.count()
+            return
+        latest = math.inf if deadline.at is None else deadline.at
+        if turn is Turn.SOON:
+            latest = min(latest, time.monotonic() + SOON)
+        at, taken = pace.take(latest)
+        wait = at - time.monotonic()
+        if not taken:
+            message = f"not asked, max_rate={pace.rate:g} allows the next request only in {wait:.2f} s"
+            raise NoTurn(self._endpoint.id, message, max(0.0, wait))
+        self._pause(wait)
 
     def _pause(self, seconds: float) -> None:
         if seconds > 0 and self._stopped.wait(min(seconds, _LONGEST_WAIT)):
@@ -449,11 +528,13 @@ class _Exchange:
         "sock",
         "transport",
         "tunnelled",
+        "turn",
     )
 
-    def __init__(self, transport: Transport, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, deadline: Deadline, turn: Turn) -> None:
         self.transport = transport
         self.deadline = deadline
+        self.turn = turn
         self.allowed = deadline.remaining()
         self.sock: _Bounded | None = None  # the one in use
         self.aborted = False
@@ -707,7 +788,9 @@ class _Retry(Retry):
         exchange = _current.exchange
         if exchange is not None:
             exchange.transport._pause(self.get_backoff_time())
-            exchange.transport._pace(exchange)
+            # The turn was for the first attempt.
+            again = Turn.WAIT if exchange.turn is Turn.TAKEN else exchange.turn
+            exchange.transport._wait_for_turn(exchange.deadline, again)
 
 
 class _Quiet(logging.Filter):

@@ -276,6 +276,9 @@ class Source:
         self.cards = tuple(reading(index, uuid=f"GPU-{name}-{index:04d}") for index in range(number))
         self.error = None
 
+    def await_turn(self, deadline):
+        pass
+
     def fetch(self, deadline):
         if self.error is not None:
             raise EndpointUnavailable("it", self.error)

@@ -11,11 +11,15 @@ import pytest
 
 from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, acquiring
 from gpupool_sync.clock import boottime
+from gpupool_sync.config import Settings
+from gpupool_sync.leases.base import Granted, NotAsked
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
-from helpers import eventually
+from gpupool_sync.transport import Pace
+from helpers import eventually, run_threads
 from servers import Server, answer, cut_off, refusing
+from test_leases_contract import claim
 
 pytestmark = pytest.mark.real
 
@@ -275,6 +279,88 @@ def test_the_own_cap_is_kept(fleet):
         polled, took = server.request_count() - before, time.monotonic() - begin
         assert polled >= 4
         assert polled <= 20 * took + 2
+
+
+def test_the_own_cap_holds_for_leases_too(fleet):
+    """
+    Polls, claims and waits share one cap, counted at the server, while four threads struggle for two cards.
+
+    Releases and renewals are sent at once, and the others wait for them: only those that came last may be ahead.
+    """
+    server, rate = fleet[0], 30
+    capped = Endpoint(server.url, name="left", max_rate=rate)
+    with GPUPool([capped], poll_interval=0.02, health_check_interval=0.1, endpoint_timeout=5.0) as pool:
+        pool.open(wait=True)
+        at_once = ("/v1/leases/release", "/v1/leases/renew")
+
+        def counted():
+            return server.request_count(None), sum(map(server.request_count, at_once))
+
+        before, urgent_before, begin = *counted(), time.monotonic()
+
+        def work(number):
+            for _ in range(5):
+                with pool.gpu(timeout=60, local=False):
+                    pass
+
+        run_threads(4, work, timeout=100)
+        (after, urgent_after), took = counted(), time.monotonic() - begin
+        assert urgent_after - urgent_before >= 20
+        assert after - before - (urgent_after - urgent_before) <= rate * took + 2
+        assert after - before <= rate * took + 6
+        assert pool.stats()["grants"] == 20
+        assert pool.stats()["endpoints"]["left"]["failures"] == 0
+
+
+def test_renewals_and_releases_do_not_wait_for_the_own_cap(fleet):
+    """The next turn is an hour away: a lease is renewed and given back all the same, and nothing else is asked."""
+    server = fleet[0]
+    pace = Pace(100.0)
+    store = HTTPStore(Endpoint(server.url, max_rate=100.0), Settings(), pace=pace)
+    with contextlib.closing(store):
+        with make_pool([server]) as pool:
+            pool.open(wait=True)
+            card = pool._state.table.view()[0]["left"].cards[0].key
+        mine = claim(card)
+        assert isinstance(store.claim(mine), Granted)
+        pace._next = time.monotonic() + 3600
+        paths = ("/v1/leases", "/v1/leases/renew", "/v1/leases/release")
+        before = [server.request_count(path) for path in paths]
+        for refused in (lambda: store.claim(claim(card)), store.leases, store.queue):
+            with pytest.raises(NotAsked, match="max_rate=100 allows the next request only in 3"):
+                refused()
+        assert store.renew([mine.id]) == {mine.id: True}
+        store.release([mine.id])
+        after = [server.request_count(path) for path in paths]
+        assert [now - then for now, then in zip(after, before, strict=True)] == [0, 1, 1]
+        # They were counted: the hour has become longer by two turns.
+        assert pace._next > time.monotonic() + 3500
+
+
+def test_a_ticket_of_a_claim_that_was_not_made_is_not_kept(fleet):
+    """Else its listener would ask for hints that cannot come."""
+    pace = Pace(1.0)
+    pace._next = time.monotonic() + 3600
+    with contextlib.closing(HTTPStore(Endpoint(fleet[0].url, max_rate=1.0), Settings(), pace=pace)) as store:
+        with pytest.raises(NotAsked):
+            store.claim(claim("GPU-1", queue=True))
+        assert not store._tickets
+        store.listen(0.01)  # nobody to listen for: returns at once
+        assert fleet[0].request_count(None) == fleet[0].request_count("/gpu/summary")
+
+
+def test_a_poll_whose_turn_is_far_away_is_no_failure(fleet):
+    """One request in three seconds, and more wanted: the server is well, and a refresh is a reading all the same."""
+    server = fleet[0]
+    capped = Endpoint(server.url, name="left", max_rate=1 / 3)
+    with GPUPool([capped], lease_store=MemoryStore(), poll_interval=0.05, endpoint_timeout=0.4) as pool:
+        pool.open(wait=True)
+        before = server.request_count()
+        assert pool.refresh(30)
+        assert server.request_count() > before
+        told = state(pool, "left")
+        assert (told.is_healthy, told.last_error) == (True, None)
+        assert pool.stats()["endpoints"]["left"]["failures"] == 0
 
 
 def test_a_server_that_asks_for_patience_gets_no_claims(fleet):

@@ -36,12 +36,14 @@ from gpupool_sync.leases.base import (
 )
 from gpupool_sync.leases.documents import BadDocument, digest
 from gpupool_sync.leases.shared import Subscribers, is_open
-from gpupool_sync.transport import Answer, Transport, retry_after
+from gpupool_sync.transport import Answer, NoTurn, Pace, Transport, Turn, retry_after
 
 #: Seconds that what an answer said of other holders is believed.
 HEARSAY_TIME = 2.0
 #: Ids in one request for renewal or release.
 BATCH = 500
+#: Under `max_rate`, listening takes one turn in so many at most.
+LISTEN_TURNS = 10
 #: Ids whose release could not be told yet; beyond that the ttl has to do.
 MAX_OWED = 10_000
 
@@ -62,18 +64,30 @@ class HTTPStore:
 
     Its leases have a ttl: somebody has to renew them.  `settings` tell the ttl of claims that name none, and how long
     an exchange may take.
+
+    Under the `max_rate` of *endpoint*, whose *pace* is that of its other requests too, renewals and releases are sent
+    at once all the same: a lease must not be lost, nor a card be kept from others, for a limit on our curiosity.  They
+    are counted, so that what can wait waits for them.  A claim waits a second for its turn and is not made otherwise.
     """
 
     scope: Scope = "everybody"
     needs_listener = True
 
-    def __init__(self, endpoint: Endpoint, settings: Settings, *, clock: Callable[[], float] = boottime) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        settings: Settings,
+        *,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = boottime,
+    ) -> None:
         self._clock = clock
         self._ttl = settings.ttl
         self._timeout = settings.endpoint_timeout
         self.description = f"server {endpoint.url}"
-        # A limit on statistics must not delay a renewal.
-        self._transport = Transport(attrs.evolve(endpoint, max_rate=None), max_retries=settings.endpoint_max_retries)
+        self._transport = Transport(endpoint, max_retries=settings.endpoint_max_retries, pace=pace)
+        rate = endpoint.max_rate
+        self._listen_time = 0.0 if rate is None else min(LISTEN_TURNS / rate, documents.MAX_WAIT)
         self._fresh_state()
         _stores.add(self)
 
@@ -102,6 +116,7 @@ class HTTPStore:
             # Renewals and releases are sent all the same: they are few, and others wait for what they do.
             raise NotAsked(f"{self.description}: not asked, it wants to be left alone for {left:.0f} more s")
         self._settle()
+        anew = claim.id not in self._tickets
         if claim.queue:
             # Before the request: a hint may overtake its answer.
             with self._lock:
@@ -109,7 +124,13 @@ class HTTPStore:
                 self._awake.set()
         sent = self._clock()
         body = documents.claim_document(claim, self._ttl if claim.ttl is None else claim.ttl)
-        answer = self._post("/v1/leases", body, self._timeout)
+        try:
+            answer = self._post("/v1/leases", body, self._timeout, Turn.SOON)
+        except NotAsked:
+            if anew:
+                with self._lock:
+                    self._drop_ticket_locked(claim.id)
+            raise
         document = self._document(answer)
         try:
             if answer.status == 200:
@@ -188,7 +209,8 @@ class HTTPStore:
         for batch in _batches(ids):
             sent = self._clock()
             # Shorter than other requests: a renewal that hangs can only be repeated.
-            answer = self._post("/v1/leases/renew", {"ids": batch}, min(self._timeout, self._ttl / 6.0))
+            timeout = min(self._timeout, self._ttl / 6.0)
+            answer = self._post("/v1/leases/renew", {"ids": batch}, timeout, Turn.NOW)
             document = self._document(answer)
             if answer.status != 200:
                 raise self._refused(answer, document)
@@ -248,7 +270,7 @@ class HTTPStore:
 
     def _pay(self, ids: Sequence[str]) -> None:
         for batch in _batches(ids):
-            answer = self._post("/v1/leases/release", {"ids": batch}, self._timeout)
+            answer = self._post("/v1/leases/release", {"ids": batch}, self._timeout, Turn.NOW)
             if answer.status != 200:
                 raise self._refused(answer, self._document(answer))
             with self._lock:
@@ -292,9 +314,13 @@ class HTTPStore:
             holders = list(dict.fromkeys(self._tickets.values()))[: documents.MAX_HOLDERS]
         if not holders:
             return
-        left = min(max(0.0, begin + timeout - time.monotonic()), documents.MAX_WAIT)
+        left = min(max(begin + timeout - time.monotonic(), self._listen_time), documents.MAX_WAIT)
         body = {"holder": holders[0] if len(holders) == 1 else holders, "timeout": left}
-        answer = self._post("/v1/wait", body, left + self._timeout)
+        try:
+            answer = self._post("/v1/wait", body, left + self._timeout)
+        except NotAsked:
+            self._transport.pause(timeout)  # waiters look again by themselves
+            return
         document = self._document(answer)
         if answer.status != 200:
             raise self._refused(answer, document)
@@ -378,9 +404,11 @@ class HTTPStore:
 
     # -- exchanges ---------------------------------------------------------------------------------------------
 
-    def _post(self, path: str, body: Mapping[str, object], timeout: float) -> Answer:
+    def _post(self, path: str, body: Mapping[str, object], timeout: float, turn: Turn = Turn.WAIT) -> Answer:
         try:
-            answer = self._transport.post(path, body, Deadline.after(timeout))
+            answer = self._transport.post(path, body, Deadline.after(timeout), turn)
+        except NoTurn as exc:
+            raise NotAsked(f"{self.description}: {exc.message}") from exc
         except (EndpointUnavailable, BadAnswer) as exc:
             raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
         if answer.status == 429:  # 503 is said of this one request, by servers of ours that are busy
@@ -389,7 +417,9 @@ class HTTPStore:
 
     def _get(self, path: str) -> Mapping[str, Any]:
         try:
-            answer = self._transport.get(path, Deadline.after(self._timeout))
+            answer = self._transport.get(path, Deadline.after(self._timeout), Turn.SOON)
+        except NoTurn as exc:
+            raise NotAsked(f"{self.description}: {exc.message}") from exc
         except (EndpointUnavailable, BadAnswer) as exc:
             raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
         document = self._document(answer)
