@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import attrs
 
-from gpupool_sync import config
+from gpupool_sync import client_metrics, config
 from gpupool_sync.errors import (
     AcquireTimeout,
     ConfigError,
@@ -139,6 +139,8 @@ class GPUWorkerPoolClient:
         self._multi = bool(several) or len(settings.endpoints) > 1 or bool(settings.sources)
         # By worker id: what was granted and is not released yet. Single dict operations only, which are atomic.
         self._held: dict[str, tuple[GPUAssignment, _Acquiring[GPU], GPU]] = {}
+        # By worker id: since when requests of this client are under way. Single dict operations only, likewise.
+        self._asked: dict[str, datetime.datetime] = {}
         self._retries = _Retries()
         self._pool._state.watchers = (self._retries.heard,)
         # Not guarded: two threads that start at the same instant both may, and the pool opens once.
@@ -219,7 +221,7 @@ class GPUWorkerPoolClient:
         self._require_started("requesting a GPU")
         worker_id = str(uuid.uuid4())
         acquiring = self._asking(timeout, worker_id)
-        gpu = self._wait(acquiring)
+        gpu = self._wait(acquiring, worker_id)
         assignment = GPUAssignment(
             gpu_id=gpu.local_gpu_id,
             worker_id=worker_id,
@@ -274,8 +276,9 @@ class GPUWorkerPoolClient:
         places = ANY_NUMBER if self._workers is None else self._workers
         return {"local": False, "max_holders": None if places == 1 else places}
 
-    def _wait(self, acquiring: _Acquiring[GPU]) -> GPU:
+    def _wait(self, acquiring: _Acquiring[GPU], worker_id: str) -> GPU:
         try:
+            self._asked[worker_id] = _now()
             return acquiring.__enter__()
         except AcquireTimeout as exc:
             endpoints = self._pool.stats()["endpoints"].values()
@@ -283,6 +286,8 @@ class GPUWorkerPoolClient:
             error = kind(*exc.args)
             error.explanation = exc.explanation
             raise error from exc
+        finally:
+            self._asked.pop(worker_id, None)
 
     # -- looking at it -----------------------------------------------------------------------------------------
 
@@ -375,16 +380,12 @@ class GPUWorkerPoolClient:
             "active_workers": status.active_workers,
             "blocked_workers": status.blocked_workers,
             "gpu_metrics": [
-                {
-                    "gpu_id": gpu.global_gpu_id if self._multi else gpu.local_gpu_id,
-                    "name": gpu.name,
-                    "memory_usage_percent": gpu.memory_usage_percent,
-                    "utilization_percent": gpu.utilization_percent,
-                    "assigned_workers": len(status.gpu_assignments.get(gpu.global_gpu_id, ())),
-                    "worker_ids": [each.id for each in status.gpu_assignments.get(gpu.global_gpu_id, ())],
-                    "is_available": gpu.is_available,
-                }
-                for gpu in status.gpus
+                client_metrics.gpu(
+                    each,
+                    each.global_gpu_id if self._multi else each.local_gpu_id,
+                    [worker.id for worker in status.gpu_assignments.get(each.global_gpu_id, ())],
+                )
+                for each in status.gpus
             ],
             "assignment_metrics": [
                 {
@@ -395,6 +396,14 @@ class GPUWorkerPoolClient:
                 }
                 for each, _, _ in list(self._held.values())
             ],
+            "queue_metrics": [
+                {
+                    "worker_id": worker_id,
+                    "enqueued_at": since,
+                    "wait_time_seconds": (now - since).total_seconds(),
+                }
+                for worker_id, since in list(self._asked.items())
+            ],
             "thresholds": {
                 "memory_threshold_percent": settings.memory_threshold,
                 "utilization_threshold_percent": settings.utilization_threshold,
@@ -402,8 +411,7 @@ class GPUWorkerPoolClient:
             "stats": stats,
         }
         if self._multi:
-            metrics["endpoints"] = _endpoint_metrics(status)
-            metrics["load_balancer"] = stats["strategy"]
+            metrics.update(client_metrics.several_endpoints(status, stats, now, settings.poll_interval))
         else:
             first = status.endpoints[0] if status.endpoints else None
             metrics["single_endpoint"] = {
@@ -429,6 +437,8 @@ class GPUWorkerPoolClient:
         if self._multi:
             summary = metrics["endpoints"]["summary"]
             lines.append(f"Endpoints: {summary['healthy_endpoints']}/{summary['total_endpoints']} healthy")
+            balance = metrics["load_balancing_effectiveness"]
+            lines.append(f"Balancing: {balance['balancing_quality']} ({balance['distribution_score']:.1f}/100)")
         else:
             single = metrics["single_endpoint"]
             lines.append(f"Endpoint: {single['endpoint_url']} ({'healthy' if single['is_healthy'] else 'unhealthy'})")
@@ -450,13 +460,14 @@ class GPUWorkerPoolClient:
         if not self._multi:
             return None
         lines = ["=== Endpoint Health Status ==="]
-        for each in self._status().endpoints:
-            took = "unknown" if each.response_time_ms is None else f"{each.response_time_ms:.1f}ms"
+        for endpoint_id, each in self.get_detailed_metrics()["endpoints"]["details"].items():
+            took = each["response_time_ms"]
             lines += [
-                f"\nEndpoint: {each.endpoint_id}",
-                f"  Status: {'healthy' if each.is_healthy else 'unhealthy'}",
-                f"  Response Time: {took}",
-                f"  Last Seen: {to_jsonable(each.last_seen) or 'never'}",
+                f"\nEndpoint: {endpoint_id}",
+                f"  Status: {each['connectivity_status']}",
+                f"  Health Score: {each['health_score']:.1f}/100",
+                f"  Response Time: {'unknown' if took is None else f'{took:.1f}ms'}",
+                f"  Last Seen: {each['last_seen'] or 'never'}",
             ]
         return "\n".join(lines)
 
@@ -627,8 +638,9 @@ class GPUContextManager:
         self.client._require_started("requesting a GPU")
         if self._acquiring is not None:
             raise RuntimeError("this GPUContextManager is in use already; make one for each with block")
-        acquiring = self.client._asking(self.timeout, str(uuid.uuid4()))
-        self._gpu = gpu = self.client._wait(acquiring)
+        worker_id = str(uuid.uuid4())
+        acquiring = self.client._asking(self.timeout, worker_id)
+        self._gpu = gpu = self.client._wait(acquiring, worker_id)
         self._acquiring = acquiring
         return gpu.global_gpu_id if self.client._multi else str(gpu.local_gpu_id)
 
@@ -810,24 +822,6 @@ def _worker(info: WorkerInfo) -> WorkerInfo:
     if info.note is None or not info.note.startswith(_NOTE):
         return info
     return WorkerInfo(info.note.removeprefix(_NOTE), info.assigned_at, info.worker_id)
-
-
-def _endpoint_metrics(status: Status) -> dict[str, Any]:
-    healthy = [each for each in status.endpoints if each.is_healthy]
-    total, available = status.total_gpus, status.available_gpus
-    return {
-        "summary": {
-            "total_endpoints": status.total_endpoints,
-            "healthy_endpoints": status.healthy_endpoints,
-            "unhealthy_endpoints": status.total_endpoints - status.healthy_endpoints,
-            "total_gpus_all_endpoints": sum(each.total_gpus for each in status.endpoints),
-            "total_gpus_healthy_endpoints": total,
-            "available_gpus_healthy_endpoints": available,
-            "overall_availability_rate": 100.0 * available / total if total else 0.0,
-        },
-        "healthy_endpoints": healthy,
-        "unhealthy_endpoints": [each for each in status.endpoints if not each.is_healthy],
-    }
 
 
 def _print(lines: Sequence[str]) -> None:

@@ -651,6 +651,72 @@ def test_metrics_have_everything_that_stats_has(client, single):
     assert single.get_detailed_metrics()["single_endpoint"]["is_healthy"] is True
 
 
+def test_metrics_tell_who_waits(single):
+    held = [single.request_gpu(20), single.request_gpu(20)]
+    assert single.get_detailed_metrics()["queue_metrics"] == []
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(single.request_gpu(30)), daemon=True)
+    waiting.start()
+    eventually(lambda: single.get_pool_status().blocked_workers == 1)
+    (queued,) = single.get_detailed_metrics()["queue_metrics"]
+    assert queued["wait_time_seconds"] > 0
+    assert datetime.datetime.fromisoformat(queued["enqueued_at"].replace("Z", "+00:00")) < client_module._now()
+    single.release_gpu(held[0])
+    waiting.join(30)
+    assert results[0].worker_id == queued["worker_id"]
+    with pytest.raises(WorkerTimeoutError), GPUContextManager(single, timeout=0):
+        pass
+    assert single.get_detailed_metrics()["queue_metrics"] == []
+
+
+def test_metrics_of_several_endpoints_have_the_predecessors_keys(client, fleet):
+    """Of an endpoint that is well and one that is down: what the predecessor's dashboards read, by its names."""
+    client.release_gpu(client.request_gpu(20))
+    first, second = endpoint_ids(client)
+    fleet[0].kill()
+    eventually(lambda: client.pool.stats()["endpoints"][first]["breaker"] == "open", 30)
+    metrics = client.get_detailed_metrics()
+    json.dumps(metrics)
+    totals = metrics["aggregated_stats"]
+    assert (totals["total_gpus"], totals["endpoints_contributing"]) == (1, 1)
+    assert totals["utilized_gpus"] == totals["total_gpus"] - totals["available_gpus"]
+    assert totals["average_response_time_ms"] > 0
+    (well,) = metrics["endpoints"]["healthy_endpoints"]
+    (down,) = metrics["endpoints"]["unhealthy_endpoints"]
+    assert metrics["endpoints"]["details"] == {first: down, second: well}
+    assert (well["connectivity_status"], down["connectivity_status"]) == ("healthy", "failing")
+    assert (well["health_score"], well["consecutive_failures"]) == (100.0, 0)
+    assert 0 < down["health_score"] < 50
+    assert down["time_since_last_success"] != "never"
+    assert down["consecutive_failures"] >= 5
+    health = metrics["endpoint_health_summary"]
+    assert health["status_distribution"] == {"healthy": 1, "failing": 1}
+    assert health["health_scores"]["maximum"] == 100.0
+    assert health["health_scores"]["minimum"] == down["health_score"]
+    assert health["healthy_percentage"] == 50.0
+    balancer = metrics["load_balancer"]
+    assert (balancer["strategy"], balancer["total_requests"], balancer["success_rate"]) == ("availability", 1, 100.0)
+    balance = metrics["load_balancing_effectiveness"]
+    assert balance["effectiveness"] == metrics["stats"]["effectiveness"]
+    assert balance["distribution_score"] == pytest.approx(100 * balance["effectiveness"])
+    monitor = metrics["monitor_status"]
+    assert (monitor["has_current_stats"], monitor["consecutive_failures"]) == (True, 0)
+    assert {gpu["resource_score"] for gpu in metrics["gpu_metrics"]} <= {
+        gpu["memory_usage_percent"] + gpu["utilization_percent"] for gpu in metrics["gpu_metrics"]
+    }
+
+
+def test_metrics_before_anybody_has_answered():
+    with refusing() as url, GPUWorkerPoolClient(service_endpoints=url, **FAST) as client:
+        metrics = client.get_detailed_metrics()
+    (down,) = metrics["endpoints"]["unhealthy_endpoints"]
+    assert (down["connectivity_status"], down["health_score"]) == ("unreachable", 0.0)
+    assert (down["last_seen_seconds_ago"], down["time_since_last_success"]) == (None, "never")
+    assert metrics["load_balancing_effectiveness"]["balancing_quality"] == "no_endpoints"
+    assert metrics["aggregated_stats"]["average_response_time_ms"] == 0.0
+    assert metrics["monitor_status"]["last_success_time"] is None
+
+
 def test_what_is_printed(client, single, fleet, capsys):
     client.print_status_summary()
     client.print_error_recovery_summary()
