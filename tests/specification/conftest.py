@@ -9,6 +9,13 @@ from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 
 
+def pytest_collection_modifyitems(items):
+    """The marker of what starts server processes, for all that has the fleet."""
+    for item in items:
+        if "_running_fleet" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real)
+
+
 @pytest.fixture(scope="session")
 def _running_fleet():
     with FakeFleet([4, 2, 2], interval=0.05) as fleet:

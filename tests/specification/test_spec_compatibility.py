@@ -54,6 +54,7 @@ def test_constructor_parameter_service_endpoint_remains_functional(predecessors)
         assert client.request_gpu(20).gpu_id == 0
 
 
+@pytest.mark.real
 def test_api_methods_work_without_modification_over_both_kinds_of_servers(servers):
     """The same with our own server and with a stand-in for the predecessor's, its quirks included."""
     with GPUWorkerPoolClient(servers.urls[1], **FAST) as client:
@@ -79,6 +80,7 @@ def test_single_endpoint_behavior_is_that_of_the_predecessor_but_for_exclusive_g
             client.request_gpu(0.1)
 
 
+@pytest.mark.real
 def test_from_single_to_multiple_endpoints_with_the_same_code(servers, monkeypatch):
     """A second URL is added: ids become global, local ids stay."""
     monkeypatch.setenv("GPU_SERVICE_ENDPOINTS", servers.urls[1])

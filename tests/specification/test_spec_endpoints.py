@@ -52,7 +52,7 @@ def test_tracks_endpoint_health_and_availability_status(pool, fleet):
         assert state(pool, "server1").available_gpus == 3
 
 
-def test_implements_connection_pooling_and_cleanup(fleet):
+def test_implements_connection_pooling_and_cleanup():
     """100 polls use one TCP connection; after close() descriptors and threads are as before."""
     process = psutil.Process()
     before = (process.num_fds(), {each.name for each in threading.enumerate()})
@@ -285,6 +285,7 @@ def test_100_concurrent_refreshes_cause_at_most_two_polls(make_pool):
         assert len(asked) - 1 <= 2
 
 
+@pytest.mark.real
 def test_50_leases_renew_in_one_request():
     with FakeFleet([50]) as fleet:
         (server,) = fleet
