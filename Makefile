@@ -15,17 +15,20 @@ SOAK_ARGS ?=
 
 # Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
 TEST_SYSTEM_PACKAGES ?= redis-server chromium fonts-dejavu-core
+# The same for `make bench`.
+BENCH_SYSTEM_PACKAGES ?= redis-server
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak lint clean
+.PHONY: help demo test bench bench-full soak lint clean
 
 help:
 	@echo "make demo    simulated servers and workers, one of each killed and its GPUs taken back; DEMO_ARGS=--json for programs"
 	@echo "make test    the tests; TEST_ARGS goes to pytest"
 	@echo "make lint    ruff, mypy and the import contract"
-	@echo "make bench   the benchmarks; BENCH_ARGS goes to them"
+	@echo "make bench   the benchmarks and their targets, under ten minutes; BENCH_ARGS goes to them"
+	@echo "make bench-full   the same with more rounds, half an hour"
 	@echo "make soak    ten minutes of chaos among processes; SOAK_ARGS=\"--store server\" or redis, see --help"
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=$(PYTHON) makes the virtual environment; 3.10 or later"
@@ -44,7 +47,12 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/lint-imports --config setup.cfg
 
 bench: $(VENV)/.bench-installed
+	@.ci/system-packages $(BENCH_SYSTEM_PACKAGES)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-full: $(VENV)/.bench-installed
+	@.ci/system-packages $(BENCH_SYSTEM_PACKAGES)
+	@$(BIN)/python -m benchmarks --full $(BENCH_ARGS)
 
 soak: $(VENV)/.bench-installed
 	@$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)

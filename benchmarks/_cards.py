@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks._harness import patched
@@ -11,6 +12,7 @@ from gpupool_sync import GPUPool, devices
 from gpupool_sync import endpoint as endpoints
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.config import Endpoint, Settings
+from gpupool_sync.leases.base import Claim, Granted, Holder, LeaseStore, Wanted
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import GPUReading, HostIdentity, Sample
 
@@ -55,13 +57,14 @@ class StillCards:
 
 
 @contextlib.contextmanager
-def local_pool(number: int, **options: Any) -> Iterator[GPUPool]:
-    """An open pool of this machine's cards, of which there are *number*, with leases of its own."""
+def local_pool(number: int, *, store: object = None, **options: Any) -> Iterator[GPUPool]:
+    """An open pool of this machine's cards, of which there are *number*; without a *store* with leases of its own."""
     cards = StillCards(0, number)
+    leases: Any = MemoryStore() if store is None else store
     with (
         patched(devices, "open_reader", lambda *args, **kwargs: cards),
         patched(devices, "host_identity", lambda: HERE),
-        GPUPool(lease_store=MemoryStore(), name=f"local-{number}", **options) as pool,
+        GPUPool(lease_store=leases, name=f"local-{number}", **options) as pool,
     ):
         pool.refresh(10.0)
         yield pool
@@ -82,3 +85,40 @@ def large_pool(hosts: int, number: int, **options: Any) -> Iterator[GPUPool]:
     ):
         pool.refresh(60.0)
         yield pool
+
+
+def keys_of(number: int) -> tuple[str, ...]:
+    """The keys by which arbiters know the cards of `local_pool`."""
+    return tuple(str(reading.uuid) for reading in _readings(0, number))
+
+
+def claims_of(keys: Sequence[str], *, ttl: float | None = None) -> Callable[[], Claim]:
+    """Makes claims as a pool makes them: for one whole card of *keys*, each with an id of its own."""
+    who = Holder(id="benchmark", name="benchmark", user="user", host="here", pid=os.getpid())
+    groups = (tuple(Wanted(key) for key in keys),)
+    return lambda: Claim(id=os.urandom(16).hex(), holder=who, groups=groups, ttl=ttl)
+
+
+def lease_pairs(store: LeaseStore, keys: Sequence[str], *, ttl: float | None = None) -> Callable[[int], None]:
+    """Claims and releases *n* times at a store, without a pool."""
+    claim = claims_of(keys, ttl=ttl)
+
+    def pairs(times: int) -> None:
+        for _ in range(times):
+            outcome = store.claim(claim())
+            if not isinstance(outcome, Granted):
+                raise RuntimeError(f"the figures are worth nothing: {outcome}")
+            store.release([outcome.lease.id])
+
+    return pairs
+
+
+def pool_pairs(pool: GPUPool) -> Callable[[int], None]:
+    """``with pool.gpu()``, *n* times."""
+
+    def pairs(times: int) -> None:
+        for _ in range(times):
+            with pool.gpu():
+                pass
+
+    return pairs

@@ -43,7 +43,7 @@ class Mode:
         return {"smoke": smoke, "quick": quick, "full": full}[self.name]
 
 
-MODES = {mode.name: mode for mode in (Mode("smoke", 1), Mode("quick", 5), Mode("full", 15))}
+MODES = {mode.name: mode for mode in (Mode("smoke", 1), Mode("quick", 7), Mode("full", 15))}
 
 
 @attrs.frozen
@@ -83,7 +83,7 @@ class Row:
         if self.target is None:
             return ""
         reached = self.ratio if self.theirs else statistics.median(self.ours)
-        limit = f"{self.target:g}" if self.theirs else quantity(self.target, self.unit)
+        limit = f"{self.target:.3g}" if self.theirs else quantity(self.target, self.unit)
         met = reached is not None and (reached >= self.target if self.at_least else reached <= self.target)
         return f"{'≥' if self.at_least else '≤'} {limit}: {'met' if met else 'missed'}"
 
@@ -155,9 +155,9 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def missing(name: str) -> str:
+def missing(name: str, extra: str = "bench") -> str:
     """The note about a peer that is not there."""
-    return f"{name} is not installed and was left out: pip install 'gpupool-sync[bench]'"
+    return f"{name} is not installed and was left out: pip install 'gpupool-sync[{extra}]'"
 
 
 def clean_environment() -> None:

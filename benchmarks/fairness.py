@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks._cards import HERE, StillCards
+from benchmarks._crowd import TIMEOUT, Take, contend, context, crowd
 from benchmarks._harness import Contender, Measures, Mode, Report, Row, column, say, take_turns
 
 TITLE = "Fairness between processes"
@@ -34,9 +32,10 @@ PROCESSES = 16
 HOLD = 0.005
 #: The same where the processors have time to spare.
 LONG_HOLD = 0.05
+#: Share of the time that cards are held, beside that of the semaphore.
+BUSY = 0.95
 #: Seconds between two tries of the loop around flock.
 POLL = 0.001
-TIMEOUT = 60.0
 
 #: Name of the measure, what it is, unit.
 MEASURES = (
@@ -49,23 +48,19 @@ MEASURES = (
     ("cpu", "processor time per grant", "s"),
 )
 
-#: What a process does again and again: wait for a card, and hold it for the block.
-Take = Callable[[], AbstractContextManager[object]]
-
 
 def run(mode: Mode) -> Report:
     """In each turn all processes of a contender begin at the same instant and stop after the same time."""
     say("fairness")
-    seconds = mode.pick(smoke=1, quick=3, full=5)
-    processes = mode.pick(smoke=4, quick=PROCESSES, full=PROCESSES)
-    context = multiprocessing.get_context("spawn")
+    seconds = 0.2 if mode.smoke else mode.pick(smoke=1, quick=2, full=5)
+    processes = mode.pick(smoke=2, quick=PROCESSES, full=PROCESSES)
     directory = tempfile.mkdtemp(prefix="gpupool-fairness-")
     try:
         semaphore = context.Semaphore(CARDS)
         with (
-            _crowd(context, processes, _ours, directory) as ours,
-            _crowd(context, processes, _semaphore, semaphore) as counted,
-            _crowd(context, processes, _polled, directory) as polled,
+            crowd(processes, _ours, directory) as ours,
+            crowd(processes, _semaphore, semaphore) as counted,
+            crowd(processes, _polled, directory) as polled,
         ):
             found = take_turns(
                 [
@@ -85,60 +80,21 @@ def run(mode: Mode) -> Report:
         if target is not None:
             rows.append(Row(told, mine, unit=unit, target=target, at_least=measure == "even"))
         for name, against in (("semaphore", f"Semaphore({CARDS})"), ("flock", "flock, polled")):
-            rows.append(Row(told, mine, against, column(found, name, measure), unit=unit))
+            aimed = BUSY if (measure, name) == ("busy", "semaphore") else None
+            rows.append(Row(told, mine, against, column(found, name, measure), unit=unit, target=aimed, at_least=True))
     for measure, told, unit in MEASURES:
         rows.append(Row(f"{1000 * LONG_HOLD:g} ms holds: {told}", column(found, "long", measure), unit=unit))
     return Report(
         rows,
         [
-            f"{processes} processes, {CARDS} cards, turns of {seconds} s.",
+            f"{processes} processes, {CARDS} cards, turns of {seconds:g} s.",
             "Ideal is that each waits as long as it holds.",
         ],
     )
 
 
-# -- a crowd ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _crowd(context: Any, number: int, make: Callable[..., Any], argument: object) -> Iterator[list[Connection]]:
-    """So many processes that wait for turns; ended with the block."""
-    pipes: list[Connection] = []
-    processes = []
-    try:
-        for index in range(number):
-            near, far = context.Pipe()
-            process = context.Process(target=_live, args=(far, make, argument, index), daemon=True)
-            process.start()
-            far.close()
-            processes.append(process)
-            pipes.append(near)
-        for pipe in pipes:
-            _answer(pipe)
-        yield pipes
-    finally:
-        for pipe in pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in processes:
-            process.join(TIMEOUT / 4)
-            if process.is_alive():
-                print("a process of the benchmark did not stop", file=sys.stderr)
-                process.kill()
-
-
-def _answer(pipe: Connection) -> Any:
-    if not pipe.poll(TIMEOUT):
-        raise RuntimeError("a process of the benchmark does not answer")
-    return pipe.recv()
-
-
-def _turn(crowd: Sequence[Connection], seconds: float, hold: float) -> Measures:
-    begin = time.monotonic() + 0.2  # all have heard of it by then
-    end = begin + seconds
-    for pipe in crowd:
-        pipe.send((begin, end, hold))
-    told = [_answer(pipe) for pipe in crowd]
+def _turn(pipes: Sequence[Connection], seconds: float, hold: float) -> Measures:
+    told = contend(pipes, seconds, hold)
     waits = sorted(wait for each in told for wait in each["waits"])
     grants = [len(each["waits"]) for each in told]
     p50, p99 = statistics.median(waits), waits[int(0.99 * len(waits))]
@@ -151,25 +107,6 @@ def _turn(crowd: Sequence[Connection], seconds: float, hold: float) -> Measures:
         "longest": waits[-1],
         "cpu": sum(each["cpu"] for each in told) / len(waits),
     }
-
-
-def _live(pipe: Connection, make: Callable[..., Any], argument: object, index: int) -> None:
-    """One process: a turn for each (begin, end, hold) that it is told, until it is told None."""
-    with make(argument) as take:
-        pipe.send("ready")
-        while (told := pipe.recv()) is not None:
-            begin, end, hold = told
-            waits: list[float] = []
-            held = 0.0
-            time.sleep(max(0.0, begin - time.monotonic()))
-            cpu = time.process_time()
-            while (asked := time.monotonic()) < end:
-                with take():
-                    granted = time.monotonic()
-                    time.sleep(hold)
-                    held += max(0.0, min(time.monotonic(), end) - granted)
-                waits.append(granted - asked)
-            pipe.send({"waits": waits, "held": held, "cpu": time.process_time() - cpu})
 
 
 # -- the contenders --------------------------------------------------------------------------------------------
