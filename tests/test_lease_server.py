@@ -339,6 +339,46 @@ def test_the_memory_of_the_server_is_for_its_user_only(tmp_path, clock):
     server.close()
 
 
+def test_a_server_that_dies_amid_a_word_remembers_the_others(tmp_path, clock):
+    """An incomplete last line costs the lease in it only, and what is said afterwards can be read again."""
+    server = granter_in(tmp_path, clock)
+    wishes = [claim(key, who=key, ttl=60.0) for key in ("a", "b")]
+    for wish in wishes:
+        granted(server.claim(wish)[0])
+    die(server)
+    with open(tmp_path / "server.state", "rb+") as file:
+        file.truncate((tmp_path / "server.state").stat().st_size - 10)
+    server = granter_in(tmp_path, clock)
+    assert server.renew([wish.id for wish in wishes])[0] == [True, False]
+    granted(server.claim(claim("c", id="c" * 32, ttl=60.0))[0])
+    die(server)
+    server = granter_in(tmp_path, clock)
+    assert server.renew([wishes[0].id, "c" * 32])[0] == [True, True]
+    server.close()
+
+
+@pytest.mark.parametrize("trouble", ["full", "deleted"])
+def test_the_memory_is_begun_anew_when_it_is_full_or_gone(tmp_path, clock, monkeypatch, trouble):
+    """It holds what there is, however often leases came and went, and a file that was deleted is made again."""
+    state = tmp_path / "server.state"
+    if trouble == "full":
+        monkeypatch.setattr(server_leases, "MAX_STATE", 2000)
+    server = granter_in(tmp_path, clock)
+    kept = claim("a", ttl=60.0)
+    granted(server.claim(kept)[0])
+    for number in range(10):
+        if trouble == "deleted":
+            state.unlink()
+        wish = claim("b", id=f"{number:032x}", ttl=60.0)
+        granted(server.claim(wish)[0])
+        server.release([wish.id])
+        assert state.stat().st_size <= 2000
+    die(server)
+    server = granter_in(tmp_path, clock)
+    assert server.renew([kept.id])[0] == [True]
+    server.close()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"v": 1}', '{"v": 1, "boot": "x", "leases": 7}'])
 def test_a_garbled_memory_costs_the_leases_in_it_only(tmp_path, clock, text):
     """The server starts all the same."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -48,6 +49,8 @@ MAX_GONE = 100_000
 MAX_TICKETS = 10_000
 #: Long polls at the same time.
 MAX_WAITERS = 4096
+#: Bytes of the state file, before it is begun anew.
+MAX_STATE = 1024 * 1024
 #: Bytes of a request.
 MAX_BODY = 1024 * 1024
 #: Cards whose holders an answer tells.
@@ -203,7 +206,7 @@ class Granter:
                 outcome = Refused({**outcome.reasons, **strangers})
         if isinstance(outcome, Granted):
             # Before the answer: what the client hears of must survive us.
-            self._persist()
+            self._remember(claim.id)
             self._tell_held()
         return outcome, now
 
@@ -453,6 +456,24 @@ class Granter:
             self._dirty = False
             self._persist()
 
+    def _remember(self, lease_id: str) -> None:
+        """Add a lease to the state file, which need not be written anew for it."""
+        if self._state is None:
+            return
+        with self._writing:
+            with self._lock:
+                remote = self._leases.get(lease_id)
+            if remote is None:
+                return  # it has been released meanwhile
+            with contextlib.suppress(OSError):  # told by the attempt below
+                if self._state.add({"alive_at": self._clock(), "lease": self._kept(remote)}):
+                    return
+        self._persist()
+
+    @staticmethod
+    def _kept(remote: _Remote) -> dict[str, Any]:
+        return {**documents.kept_lease_document(remote.lease, remote.rooms), "deadline": remote.deadline}
+
     def _persist(self) -> None:
         if self._state is None:
             return
@@ -466,9 +487,7 @@ class Granter:
                 version = self._version
                 remotes = list(self._leases.values())
             now = self._clock()
-            kept = [
-                {**documents.kept_lease_document(each.lease, each.rooms), "deadline": each.deadline} for each in remotes
-            ]
+            kept = [self._kept(each) for each in remotes]
             try:
                 self._state.write({"v": 1, "boot": self._boot, "alive_at": now, "leases": kept})
                 self._write_failed = False
@@ -523,10 +542,17 @@ class Granter:
 
 
 class _StateFile:
-    """What a server remembers, in a file that only its user can read: ids are in it."""
+    """
+    What a server remembers, in a file that only its user can read: ids are in it.
+
+    One JSON object a line: one with ``leases`` says all there is, one with ``lease`` adds to it.  A server that is
+    killed leaves at worst an incomplete last line.  Lines are added, as putting a new file in the place of the old
+    one makes some file systems write to the disk at once.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._file: int | None = None  # what this process has begun; None: begin anew
         try:
             self._lock_fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
@@ -545,29 +571,85 @@ class _StateFile:
             return {}
         except OSError as exc:
             raise LeaseStoreError(f"{self.path} cannot be read: {exc.strerror}") from exc
+        state: dict[str, Any] = {}
+        leases: dict[str, Any] = {}
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
                 raise LeaseStoreError(f"{self.path} belongs to somebody else")
-            try:
-                state = json.loads(file.read())
-            except ValueError:
-                return {}
-        return state if isinstance(state, dict) else {}
+            for line in file:
+                try:
+                    told = json.loads(line)
+                except ValueError:
+                    continue
+                if not isinstance(told, dict):
+                    continue
+                if "leases" in told:
+                    leases.clear()
+                more = [told["lease"]] if "lease" in told else told.get("leases")
+                if isinstance(more, list):
+                    leases.update((str(each["id"]), each) for each in more if isinstance(each, dict) and "id" in each)
+                state.update(told)
+        return {**state, "leases": list(leases.values())}
 
     def write(self, document: Mapping[str, Any]) -> None:
-        fresh = f"{self.path}.{os.urandom(6).hex()}"
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        """
+        Say all there is.
+
+        Raises:
+            OSError: it cannot be written; what stood there before still does.
+        """
+        line = wire.dump(document) + b"\n"
+        if not self._added(line):
+            self._replace(line)
+
+    def add(self, document: Mapping[str, Any]) -> bool:
+        """
+        Add to what was said; False if all has to be said anew.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        return self._added(wire.dump(document) + b"\n")
+
+    def _added(self, line: bytes) -> bool:
+        if self._file is None:
+            return False
+        found = os.fstat(self._file)
+        if not found.st_nlink or found.st_size + len(line) > MAX_STATE:
+            return False
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(wire.dump(document))
+            complete = os.write(self._file, line) == len(line)
+        except OSError:
+            self._forget_file()
+            raise
+        if not complete:  # the disk is full, or nearly
+            self._forget_file()
+        return complete
+
+    def _forget_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def _replace(self, line: bytes) -> None:
+        fresh = f"{self.path}.{os.urandom(6).hex()}"
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(fresh, how, 0o600)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.replace(fresh, self.path)
         except BaseException:
+            os.close(descriptor)
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
             raise
+        self._forget_file()
+        self._file = descriptor
 
     def close(self) -> None:
+        self._forget_file()
         os.close(self._lock_fd)
 
 
