@@ -283,16 +283,16 @@ class Transport:
                 raise self._unavailable("not asked, no time was left for it")
             self._wait_for_turn(deadline, turn)
             link = self._opened()
-            request = link.request(method, self._endpoint.url + path, body)
+            url = self._endpoint.url + path
             begin = time.monotonic()
-            response = link.adapter.send(
-                request,
-                stream=True,
-                timeout=deadline.within(_LONGEST_WAIT) or sys.float_info.min,
-                verify=link.verified,
-                proxies=link.proxies,
-            )
-            content = self._read(response, exchange)
+            found = self._on_kept(link, method, url, body, exchange)
+            if isinstance(found, tuple):
+                return Answer(*found, time.monotonic() - begin)
+            timeout = deadline.within(_LONGEST_WAIT) or sys.float_info.min
+            response = link.send(link.request(method, url, body), timeout, found)
+            raw = response.raw
+            read = functools.partial(raw.read, decode_content=False)
+            content = self._read(response.status_code, response.headers, raw.length_remaining, read, exchange)
             elapsed = time.monotonic() - begin
             # Ended by abort(), a body without a length looks complete.
             if exchange.aborted:
@@ -348,25 +348,71 @@ class Transport:
         if seconds > 0 and self._stopped.wait(min(seconds, _LONGEST_WAIT)):
             raise ConnectionAbortedError
 
-    def _read(self, response: requests.Response, exchange: _Exchange) -> bytes:
+    def _on_kept(
+        self, link: _Link, method: str, url: str, body: bytes | None, exchange: _Exchange
+    ) -> tuple[int, Mapping[str, str], bytes] | Retry | None:
+        """
+        Status, headers and body over a kept connection: the short way, half of what the layers above it cost.
+
+        None: there is no such connection.  It may have ended while nobody looked; then what is left of the retries.
+        """
+        kept = link.kept()
+        if kept is None:
+            return None
+        pool, connection = kept
+        complete = False
+        try:
+            try:
+                connection.sock.sendall(link.rendered(method, url, body))
+                response = http.client.HTTPResponse(connection.sock, method=method)
+                response.begin()
+            except (OSError, http.client.HTTPException) as exc:
+                # As urllib3 does it, which also says whether it is to be tried again.
+                error = urllib3.exceptions.ProtocolError("Connection aborted.", exc)
+                retries = link.adapter.max_retries.increment(method, url, error=error, _pool=pool)
+                retries.sleep()
+                return retries
+            headers = urllib3.HTTPHeaderDict(response.msg.items())
+            if len(set(re.split(r"\s*,\s*", headers.get("Content-Length", "")))) > 1:
+                raise urllib3.exceptions.InvalidHeader("several lengths")
+            content = self._read(response.status, headers, response.length, response.read, exchange)
+            # Ended by abort(), a body without a length looks complete.
+            if exchange.aborted:
+                raise ConnectionAbortedError
+            complete = not response.will_close
+            return response.status, headers, content
+        finally:
+            if not complete:
+                connection.close()
+            pool._put_conn(connection)
+
+    def _read(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        announced: int | None,
+        read: Callable[[int], bytes],
+        exchange: _Exchange,
+    ) -> bytes:
         """The whole body, decompressed, never more of it in memory than allowed."""
-        if response.status_code < 200:
+        if status < 200:
             # http.client takes 103 for the answer; the real one would arrive as the answer to the next request.
-            raise self._bad(f"answered with status {response.status_code}, which announces another answer")
-        raw = response.raw
-        exchange.announced = announced = raw.length_remaining
+            raise self._bad(f"answered with status {status}, which announces another answer")
+        exchange.announced = announced
         if announced is not None and announced > MAX_BODY_BYTES:
             raise self._bad(f"announced an answer of {_mib(announced)}, allowed are {_mib(MAX_BODY_BYTES)}")
         pieces: list[bytes] = []
         size = 0
-        while piece := raw.read(_CHUNK_BYTES, decode_content=False):
+        while piece := read(_CHUNK_BYTES):
             size += len(piece)
             exchange.read = size
             if size > MAX_BODY_BYTES:
                 raise self._bad(f"its answer is larger than {_mib(MAX_BODY_BYTES)}")
             pieces.append(piece)
+        if announced is not None and size < announced:
+            raise http.client.IncompleteRead(b"", announced - size)
         body = b"".join(pieces)
-        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        encoding = headers.get("Content-Encoding", "").strip().lower()
         if not body or encoding in ("", "identity"):
             return body
         # Asked for identity, some servers and proxies compress all the same.
@@ -848,11 +894,19 @@ class _Adapter(HTTPAdapter):
     ) -> HTTPConnectionPool:
         # Always the same one, and to find it costs as much as half the exchange.  The stock method would also put its
         # own TLS context in the place of ours, in some versions.
+        return self.only_pool()
+
+    def only_pool(self) -> HTTPConnectionPool:
         pool = self._pool
         if pool is None:
             manager = self.proxy_manager_for(self._proxy) if self._proxy else self.poolmanager
             pool = self._pool = manager.connection_from_url(self._url)
         return pool
+
+    def kept_pool(self) -> HTTPConnectionPool | None:
+        """Where kept connections to the server itself are; none before the first exchange, or with a plain proxy."""
+        # Without TLS there is no tunnel: what a proxy has to be told besides, urllib3 knows.
+        return None if self._proxy and self._url.startswith("http:") else self._pool
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Nothing: the context has the certificates; stock urllib3 would load them for each connection."""
@@ -878,8 +932,10 @@ class _Link:
     verified: bool
     proxies: dict[str, str]
     proxy: str  # host and port, for people; empty if there is none
-    #: Prepared requests by method and URL.  Written without a lock: a lost entry is made again.
+    #: Prepared requests by method and URL, and what of them goes over a kept connection before and behind the length
+    #: of the body.  Written without a lock: a lost entry is made again.
     _prepared: dict[tuple[str, str], requests.PreparedRequest] = attrs.Factory(dict)
+    _rendered: dict[tuple[str, str], tuple[bytes, bytes]] = attrs.Factory(dict)
 
     @classmethod
     def open(cls, endpoint: Endpoint, max_retries: int) -> _Link:
@@ -942,6 +998,56 @@ class _Link:
         request.headers["Content-Length"] = str(len(body))
         request.headers["Content-Type"] = "application/json"
         return request
+
+    def send(self, request: requests.PreparedRequest, timeout: float, retries: Retry | None) -> requests.Response:
+        """The answer to *request*, whose body has not been read; with *retries*, if some were needed before."""
+        if retries is None:
+            return self.adapter.send(request, stream=True, timeout=timeout, verify=self.verified, proxies=self.proxies)
+        found = self.adapter.only_pool().urlopen(
+            request.method or "",
+            self.adapter.request_url(request, self.proxies),
+            body=request.body,
+            headers=request.headers,
+            redirect=False,
+            assert_same_host=False,
+            preload_content=False,
+            decode_content=False,
+            retries=retries,
+            timeout=timeout,
+        )
+        return self.adapter.build_response(request, found)
+
+    def kept(self) -> tuple[HTTPConnectionPool, HTTPConnection] | None:
+        """A connection of before that is still open, taken out of its pool."""
+        pool = self.adapter.kept_pool()
+        if pool is None or pool.pool is None:
+            return None
+        try:
+            connection = pool.pool.get(block=False)
+        except queue.Empty:
+            return None
+        if connection is None or not connection.is_connected:
+            pool._put_conn(connection)  # opened, or opened anew, by those who know how
+            return None
+        return pool, connection
+
+    def rendered(self, method: str, url: str, body: bytes | None) -> bytes:
+        """What goes over a connection for a request: as urllib3 writes it, at once and only once."""
+        parts = self._rendered.get((method, url))
+        if parts is None:
+            pool = self.adapter.only_pool()
+            pieces: list[bytes] = []
+            writer: Any = pool.ConnectionCls(pool.host, pool.port)
+            writer.send = pieces.append  # it is never connected
+            request = self.request(method, url, None if body is None else b"")
+            writer.request(method, self.adapter.request_url(request, self.proxies), headers=request.headers)
+            before, _, behind = b"".join(pieces).partition(b"\r\nContent-Length: 0\r\n")
+            parts = before, behind
+            if len(self._rendered) < _KEPT_REQUESTS:
+                self._rendered[method, url] = parts
+        if body is None:
+            return parts[0]
+        return b"%b\r\nContent-Length: %d\r\n%b%b" % (parts[0], len(body), parts[1], body)
 
     def close(self) -> None:
         self.session.close()

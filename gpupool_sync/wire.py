@@ -467,9 +467,11 @@ def _number(raw: dict[str, Any], key: str, low: float, high: float) -> float | N
     value = raw.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise _Bad(f"{key} is {_quote(value)}")
-    return float(value) + 0.0  # no -0.0
+    # Of exactly these types is what comes out of JSON; true would be 1 to isinstance.
+    kind = type(value)
+    if (kind is float or kind is int) and low <= value <= high:
+        return value + 0.0  # a float, and no -0.0
+    raise _Bad(f"{key} is {_quote(value)}")
 
 
 def _percent(raw: dict[str, Any], key: str) -> float | None:
