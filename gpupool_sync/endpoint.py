@@ -5,6 +5,7 @@ Every error of a library or a server becomes ours here or in `transport`, once.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import logging
@@ -13,8 +14,9 @@ import random
 import re
 import socket
 import threading
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import attrs
 import pybreaker
@@ -219,13 +221,18 @@ class PolledEndpoint:
         self._breaker_failures = settings.breaker_failures
         self._make_locks()
         self._numbers = self._window = Numbers()
+        # Of each success, counted apart: a new value for every poll would cost more than all else that it does here.
+        self._successes = 0
+        self._response_seconds = 0.0
+        self._last_seen: float | None = None  # time.time()
         self._uptime = Uptime()
         self._responses: deque[float] = deque(maxlen=KEPT_RESPONSES)  # seconds
         self._recovered_at: float | None = None
         self._opened = 0  # probes that failed in a row since the breaker opened
 
     def _make_locks(self) -> None:
-        # Guards _numbers, _window, _uptime, _responses, _recovered_at and _opened: counting only, no I/O, no logging.
+        # Guards _numbers, the three that are counted apart, _window, _uptime, _responses, _recovered_at and _opened:
+        # counting only, no I/O, no logging.
         self._lock = threading.Lock()
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=self._breaker_failures,
@@ -274,7 +281,15 @@ class PolledEndpoint:
     def _numbers_locked(self) -> Numbers:
         uptime = self._uptime
         uptime.advance()
-        return attrs.evolve(self._numbers, healthy_seconds=uptime.healthy, watched_seconds=uptime.watched)
+        seen = self._last_seen
+        return attrs.evolve(
+            self._numbers,
+            successes=self._successes,
+            response_seconds=self._response_seconds,
+            last_seen=None if seen is None else datetime.datetime.fromtimestamp(seen, datetime.timezone.utc),
+            healthy_seconds=uptime.healthy,
+            watched_seconds=uptime.watched,
+        )
 
     def stats(self, *, reset: bool = False, all_time: bool = False) -> dict[str, Any]:
         """
@@ -336,20 +351,19 @@ class PolledEndpoint:
         deadline = Deadline.after(self._timeout)
         patience: TooManyRequests | None = None
         sample: Sample | None = None
-        # calling() does not hold the breaker's lock during the I/O, call() does.
-        with self._breaker.calling():
-            # Noted before the breaker hears of it, so that what it logs when it opens can say why.
-            try:
-                sample = self._source.fetch(deadline)
-            except TooManyRequests as exc:
-                patience = exc
-            except GPUPoolError as exc:
-                self._failed(exc)
-                raise
-            except Exception as exc:
-                failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
-                self._failed(failure)
-                raise failure from exc
+        try:
+            sample = self._source.fetch(deadline)
+        except TooManyRequests as exc:
+            patience = exc
+        except GPUPoolError as exc:
+            self._broke(exc)
+            raise
+        except Exception as exc:
+            failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
+            self._broke(failure)
+            raise failure from exc
+        # Afterwards, as call() holds the breaker's lock during the call.
+        self._breaker.call(_nothing)
         if sample is None:
             assert patience is not None
             self._failed(patience)
@@ -357,6 +371,13 @@ class PolledEndpoint:
         now = boottime()
         self._succeeded(now - begin)
         return self._snapshot(sample, now)
+
+    def _broke(self, error: GPUPoolError) -> None:
+        # Noted before the breaker hears of it, so that what it logs when it opens can say why.
+        self._failed(error)
+        # Not of the error itself: its traceback would hold the breaker's frames, and they it.
+        with contextlib.suppress(_Failed):
+            self._breaker.call(_fail)
 
     def _snapshot(self, sample: Sample, now: float) -> Snapshot:
         local = self._local
@@ -374,15 +395,11 @@ class PolledEndpoint:
             self._responses.append(elapsed)
             self._uptime.note(True)
             self._opened = 0
-            self._numbers = attrs.evolve(
-                before,
-                successes=before.successes + 1,
-                response_seconds=before.response_seconds + elapsed,
-                consecutive_failures=0,
-                last_seen=datetime.datetime.now(datetime.timezone.utc),
-                last_error=None,
-                healthy=True,
-            )
+            self._successes += 1
+            self._response_seconds += elapsed
+            self._last_seen = time.time()
+            if not before.healthy:
+                self._numbers = attrs.evolve(before, consecutive_failures=0, last_error=None, healthy=True)
         if before.consecutive_failures and not before.breaker_changes:
             logger.info("endpoint %s answers again", self.id)
 
@@ -427,7 +444,7 @@ class PolledEndpoint:
         """
         pause = self._poll_interval
         numbers = self._numbers
-        if not numbers.successes and numbers.breaker == "closed":
+        if not self._successes and numbers.breaker == "closed":
             # It has never answered: most likely it is just starting, and somebody waits for it.
             pause = min(pause, FIRST_PAUSE * 2.0 ** min(numbers.failures, 30))
         if self.open:
@@ -453,6 +470,19 @@ class PolledEndpoint:
         self._numbers = attrs.evolve(numbers, breaker="closed", consecutive_failures=0)
         self._uptime, self._window = Uptime(), attrs.evolve(self._window, healthy_seconds=0.0, watched_seconds=0.0)
         self._source.forget_after_fork()
+
+
+def _nothing() -> None:
+    """A call that succeeded, told to the breaker."""
+
+
+class _Failed(Exception):
+    """The breaker passes on what it is told."""
+
+
+def _fail() -> NoReturn:
+    """A call that failed, told to the breaker."""
+    raise _Failed
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -360,6 +360,7 @@ class Transport:
         if kept is None:
             return None
         pool, connection = kept
+        response: http.client.HTTPResponse | None = None
         complete = False
         try:
             try:
@@ -383,6 +384,8 @@ class Transport:
             return response.status, headers, content
         finally:
             if not complete:
+                if response is not None:
+                    response.close()  # it has the descriptor open too
                 connection.close()
             pool._put_conn(connection)
 
@@ -1020,10 +1023,11 @@ class _Link:
     def kept(self) -> tuple[HTTPConnectionPool, HTTPConnection] | None:
         """A connection of before that is still open, taken out of its pool."""
         pool = self.adapter.kept_pool()
-        if pool is None or pool.pool is None:
+        idle = None if pool is None else pool.pool
+        if pool is None or idle is None:
             return None
         try:
-            connection = pool.pool.get(block=False)
+            connection = idle.get(block=False)
         except queue.Empty:
             return None
         if connection is None or not connection.is_connected:

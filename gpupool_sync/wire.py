@@ -45,6 +45,7 @@ _LARGEST_ID = 2**31 - 1
 # UUIDs name cards to arbiters, in file names too: nothing that could mean something else there.
 _UUID = re.compile(r"[A-Za-z0-9]+(?:[-_./][A-Za-z0-9]+)*")
 _BRACKETS = bytes(code for code in range(256) if code not in b"[]{}")
+_NUMBERS = frozenset((int, float))
 _NO_READING = "the driver gives no readings"
 
 
@@ -468,9 +469,8 @@ def _number(raw: dict[str, Any], key: str, low: float, high: float) -> float | N
     if value is None:
         return None
     # Of exactly these types is what comes out of JSON; true would be 1 to isinstance.
-    kind = type(value)
-    if (kind is float or kind is int) and low <= value <= high:
-        return value + 0.0  # a float, and no -0.0
+    if type(value) in _NUMBERS and low <= value <= high:
+        return float(value + 0.0)  # no -0.0
     raise _Bad(f"{key} is {_quote(value)}")
 
 
