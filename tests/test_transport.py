@@ -313,15 +313,29 @@ def time_for(name: str) -> float:
     return TIMEOUT if name.startswith(("hangs", "drips", "endless 1xx")) else AMPLE
 
 
+def decent_at_first(script: servers.Script) -> servers.Script:
+    """One answer, and then *script* on the same connection."""
+
+    def both(connection: Connection) -> None:
+        connection.request()
+        connection.send(head(length=2) + b"{}")
+        script(connection)
+
+    return both
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_server_costs_one_clear_error(name, recwarn, caplog):
+def test_a_hostile_server_costs_one_clear_error(name, kept, recwarn, caplog):
     """
-    Whatever a server does, the exchange ends by its deadline, in bounded memory, with one error of ours that is fit
-    for a screen, and leaves no descriptor and no line in the log behind.
+    Whatever a server does, on a new connection or on one that is kept, the exchange ends by its deadline, in bounded
+    memory, with one error of ours that is fit for a screen, and leaves no descriptor and no line in the log behind.
     """
     script, kind, message = HOSTILE[name]
-    with Server(script) as server, opened(server.url) as transport:
+    with Server(*([decent_at_first(script)] if kept else []), script) as server, opened(server.url) as transport:
         before = descriptors()
+        if kept:
+            assert get(transport).body == b"{}"
         tracemalloc.start()
         try:
             error = failure(transport, time_for(name))
@@ -343,17 +357,45 @@ def test_a_hostile_server_costs_one_clear_error(name, recwarn, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
 @pytest.mark.parametrize("name", ["endless body", "103 without end", "announces too much", "cut off", "hangs"])
-def test_a_refused_answer_does_not_spoil_the_next(name):
+def test_a_refused_answer_does_not_spoil_the_next(name, kept):
     """
     The rest of a bad answer is never taken for the beginning of the next one.
     """
     script, _, _ = HOSTILE[name]
+    script = decent_at_first(script) if kept else script
     with Server(script, answer(b"good")) as server, opened(server.url, max_retries=0) as transport:
+        if kept:
+            get(transport)
         failure(transport, time_for(name))
 
         assert get(transport).body == b"good"
         assert server.connections == 2
+
+
+@pytest.mark.parametrize("body", [None, {"ids": ["a"]}], ids=["GET", "POST"])
+@pytest.mark.parametrize("credentials", [{}, {"token": "t"}, {"headers": (("X-Content-Length", "0"),)}], ids=str)
+def test_over_a_kept_connection_the_same_is_asked(body, credentials):
+    """
+    The first request, which makes the connection, and those that follow on it differ in nothing, bodies apart.
+    """
+    with Server(answer()) as server, opened(server.url, **credentials) as transport:
+        for number in range(3):
+            if body is None:
+                transport.get("/gpu/summary", Deadline.after(AMPLE))
+            else:
+                transport.post("/v1/leases/release", {**body, "more": "x" * number}, Deadline.after(AMPLE))
+        assert server.connections == 1
+        first, *others = server.requests
+        for other in others:
+            assert (other.method, other.path) == (first.method, first.path)
+            assert list(other.headers) == list(first.headers)
+            for name in first.headers:
+                assert name == "content-length" or other.headers[name] == first.headers[name]
+        assert [request.json() for request in server.requests if request.body] == (
+            [{**body, "more": "x" * number} for number in range(3)] if body else []
+        )
 
 
 def test_a_deadline_that_has_passed_asks_nobody():
