@@ -617,6 +617,15 @@ def test_the_commands_agree_with_real_servers(capsys):
         assert (status, answer["total_gpus"], answer["available_gpus"]) == (0, 3, 3)
         status, answer = run_json(capsys, "why", "--endpoints", where, "--model", "h100")
         assert (status, answer["free"]) == (0, 1)
+        with GPUPool(where, name="somebody else") as pool, pool.gpu(timeout=30, model="h100", note="epoch 7") as gpu:
+            _, answer = run_json(capsys, "status", "--endpoints", where)
+            held = {card["global_gpu_id"]: card for card in answer["gpus"] if not card["is_available"]}
+            assert list(held) == [gpu.global_gpu_id]
+            assert held[gpu.global_gpu_id]["note"] == "epoch 7"
+            assert answer["available_gpus"] == 2
+            _, answer = run_json(capsys, "why", "--endpoints", where, "--model", "h100")
+            assert (answer["free"], answer["cards"][-1]["code"]) == (0, "held")
+            assert "somebody else" in answer["cards"][-1]["text"]
         status, answer = run_json(capsys, "doctor", "--endpoints", where)
         assert (status, answer["ok"]) == (0, True)
         assert [report["gpus"] for report in answer["endpoints"]] == [2, 1]

@@ -104,6 +104,29 @@ def test_remote_and_local_holders_exclude_each_other(stores):
 
 
 @pytest.mark.real
+def test_who_has_asked_for_the_leases_knows_the_holders(stores):
+    """Also of cards that it never claimed: displays ask, and must not call a held card free."""
+    with FakeFleet([2]) as fleet:
+        one, two = stores(fleet[0].url), stores(fleet[0].url)
+        card, other = uuids(fleet[0].url)
+        mine = claim(card, who="one")
+        granted(one.claim(mine))
+        shares = [claim(other, who=who, share=Share(places=3)) for who in ("one", "two")]
+        granted(one.claim(shares[0]))
+        granted(one.claim(shares[1]))
+        assert not two.is_held(card)
+        two.leases()
+        assert [info.holder.name for info in two.holders_of(card)] == ["one"]
+        assert [info.holder.name for info in two.holders_of(other)] == ["one", "two"]
+        one.leases()
+        assert [info.holder.name for info in one.holders_of(card)] == ["one"]
+        one.release([mine.id])
+        assert not one.is_held(card), "what this process has let go of is not held because it was told before"
+        two.leases()
+        assert not two.is_held(card)
+
+
+@pytest.mark.real
 def test_remote_and_local_waiters_stand_in_one_queue(stores):
     """A local release wakes the remote waiter at the head, and the other way round."""
     with FakeFleet([1]) as fleet, local(fleet[0].lock_dir) as here:

@@ -97,8 +97,9 @@ class HTTPStore:
         self._leases: dict[str, _Mine] = {}  # by lease id
         self._cards: dict[str, tuple[str, ...]] = {}  # card key -> lease ids of this process, replaced as a whole
         self._tickets: dict[str, str] = {}  # claim id -> holder id
-        self._hearsay: dict[str, tuple[float, LeaseInfo]] = {}  # card key -> heard at, who has it
+        self._hearsay: dict[str, tuple[float, tuple[LeaseInfo, ...]]] = {}  # card key -> heard at, who has it
         self._released_at: dict[str, float] = {}
+        self._released_token: dict[str, int] = {}  # card key -> token of this process' last lease on it
         self._closed_cards: dict[str, float] = {}  # card key -> heard at that it is closed
         self._why: dict[str, str] = {}  # lease id -> why it is gone
         self._owed: dict[str, None] = {}  # ids whose release did not arrive
@@ -181,10 +182,7 @@ class HTTPStore:
         """Remember who has the cards that were asked for."""
         now = self._clock()
         asked = [wanted.key for group in claim.groups for wanted in group]
-        told: dict[str, LeaseInfo] = {}
-        for info in documents.read_lease_infos(document.get("holders", [])):
-            for key in info.cards:
-                told[key] = info
+        told = _by_card(documents.read_lease_infos(document.get("holders", [])))
         closed = documents.read_closed(document)
         with self._lock:
             if self._closed_cards:
@@ -192,8 +190,8 @@ class HTTPStore:
                     self._closed_cards.pop(key, None)
             self._closed_cards.update(dict.fromkeys(closed, now))
             for key in asked:
-                if key in told:
-                    self._hearsay[key] = (now, told[key])
+                if others := self._others_locked(key, told.get(key, ())):
+                    self._hearsay[key] = (now, others)
                 else:
                     self._hearsay.pop(key, None)
 
@@ -300,6 +298,7 @@ class HTTPStore:
                         self._cards.pop(key, None)
                         if released:
                             self._released_at[key] = now
+                            self._released_token[key] = mine.lease.token
 
     # -- hints -------------------------------------------------------------------------------------------------
 
@@ -338,7 +337,7 @@ class HTTPStore:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    def _heard(self, key: str, now: float) -> tuple[float, LeaseInfo] | None:
+    def _heard(self, key: str, now: float) -> tuple[float, tuple[LeaseInfo, ...]] | None:
         heard = self._hearsay.get(key)
         return heard if heard is not None and now - heard[0] < HEARSAY_TIME else None
 
@@ -369,8 +368,10 @@ class HTTPStore:
             if now < mine.until
         ]
         heard = self._heard(key, now)
-        if heard is not None and all(info.token != heard[1].token for info in found):
-            found.append(attrs.evolve(heard[1], since=heard[1].since + now - heard[0]))
+        if heard is not None:
+            at, infos = heard
+            own = {info.token for info in found}
+            found += [attrs.evolve(info, since=info.since + now - at) for info in infos if info.token not in own]
         return tuple(found)
 
     def released_at(self, key: str) -> float | None:
@@ -383,17 +384,23 @@ class HTTPStore:
         document = self._get("/v1/leases")
         try:
             closed = documents.read_closed(document)
-            with self._lock:
-                self._closed_cards = dict.fromkeys(closed, self._clock())
             infos = documents.read_lease_infos(document.get("leases"))
         except BadDocument as exc:
             raise self._unclear(f"its answer cannot be used: {exc}") from exc
-        # Newer than what was heard before: who is not in it has gone.
-        there = {(key, info.token) for info in infos for key in info.cards}
-        for key, (_, info) in list(self._hearsay.items()):
-            if (key, info.token) not in there:
-                self._hearsay.pop(key, None)
+        now = self._clock()
+        told = _by_card(infos)
+        with self._lock:
+            self._closed_cards = dict.fromkeys(closed, now)
+            # Newer than what was heard before: who is not in it has gone.
+            self._hearsay = {
+                key: (now, others) for key, infos_of in told.items() if (others := self._others_locked(key, infos_of))
+            }
         return infos
+
+    def _others_locked(self, key: str, infos: Iterable[LeaseInfo]) -> tuple[LeaseInfo, ...]:
+        """Those of other processes: what this one holds, or has just let go of, it knows better."""
+        own = {mine.lease.token for mine in self._mine(key)} | {self._released_token.get(key)}
+        return tuple(info for info in infos if info.token not in own)
 
     def queue(self) -> Sequence[TicketInfo]:
         document = self._get("/v1/queue")
@@ -454,6 +461,14 @@ class HTTPStore:
         self._closed = True
         self._awake.set()
         self._transport.close()
+
+
+def _by_card(infos: Iterable[LeaseInfo]) -> dict[str, tuple[LeaseInfo, ...]]:
+    found: dict[str, tuple[LeaseInfo, ...]] = {}
+    for info in infos:
+        for key in info.cards:
+            found[key] = (*found.get(key, ()), info)
+    return found
 
 
 def _batches(ids: Sequence[str]) -> Iterable[list[str]]:
