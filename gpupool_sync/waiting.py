@@ -147,12 +147,16 @@ class Listener:
 
     def _listen_while_needed(self) -> None:
         pause = threading.Event()
+        told = False  # that it does not answer: once until it does again, not every second
         while self._needed():
             try:
                 self._store.listen(RECHECK)
+                told = False
             except LeaseStoreError as exc:
                 # With nobody left who waits, it is most likely a pool that closes, which deserves no line on a screen.
-                level = logging.WARNING if self._anybody() else logging.INFO
+                news = not told and self._anybody()
+                told = told or news
+                level = logging.WARNING if news else logging.INFO
                 logger.log(level, "no hints from %s: %s", self._store.description, exc)
                 pause.wait(RECHECK)
             except Exception:
