@@ -237,8 +237,9 @@ def waiting_line(explanation: Explanation, waited: float, place: int | None) -> 
     """The same for a terminal, on one line, the most telling first."""
     head = f"waiting {seconds(waited)} for {explanation.request}"
     if place is not None:
-        head += f", place {place} in the queue"
-    return plain(": ".join([head, *filter(None, ["; ".join(explanation.lines(8))])]))
+        head += f", place {place}"
+    # Without what is long and known: on a line of 80 characters there must be room for who holds the GPU.
+    return plain(": ".join([head, *filter(None, ["; ".join(explanation.lines(8, models=False))])]))
 
 
 def _reasons(explanation: Explanation) -> list[Html]:

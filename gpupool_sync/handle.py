@@ -439,7 +439,7 @@ def _remove(commands: list[Command], command: Command) -> None:
 
 @functools.lru_cache(64)  # once for each of them
 def _warn_of_simulation(names: str) -> None:
-    logger.warning("%s is a simulated GPU: the mask is set as for a real one, but CUDA will find nothing there", names)
+    logger.warning("simulated: %s; masked as a real GPU would be, but CUDA will find nothing there", names)
 
 
 def _this_command() -> list[str]:

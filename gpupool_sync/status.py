@@ -376,9 +376,12 @@ class Status(MultiEndpointPoolStatus):
     sources: Sequence[SourceStatus] = ()
 
     def __str__(self) -> str:
+        from gpupool_sync.display import plural
+
         return (
-            f"{self.available_gpus} of {self.total_gpus} GPUs free, {self.healthy_endpoints} of {self.total_endpoints} "
-            f"endpoints healthy, {self.active_workers} leases, {self.blocked_workers} waiting"
+            f"{self.available_gpus} of {plural(self.total_gpus, 'GPU')} free, {self.healthy_endpoints} of "
+            f"{plural(self.total_endpoints, 'endpoint')} healthy, {plural(self.active_workers, 'lease')}, "
+            f"{self.blocked_workers} waiting"
         )
 
     def __repr__(self) -> str:
@@ -487,16 +490,16 @@ class Explanation(_Jsonable):
     waiting: int = 0
     hint: str | None = None  # what the request as a whole lacks
 
-    def lines(self, limit: int | None = None) -> list[str]:
+    def lines(self, limit: int | None = None, *, models: bool = True) -> list[str]:
         """
         One line for each silent endpoint and each group of cards of which the same is true.
 
-        Beyond *limit* lines of cards the rest is counted.
+        Beyond *limit* lines of cards the rest is counted.  *models*: with the names of the cards' models.
         """
         lines = [self.hint] if self.hint else []
         lines += [f"{endpoint_id}: {text}" for endpoint_id, text in self.endpoints.items()]
         groups = self.groups()
-        told = [f"{group.gpus} ({group.name}): {group.text}" for group in groups]
+        told = [f"{group.gpus}{f' ({group.name}):' if models else ''} {group.text}" for group in groups]
         lines += told if limit is None else told[:limit]
         if limit is not None and len(told) > limit:
             lines.append(f"and {sum(group.count for group in groups[limit:])} more cards")

@@ -127,6 +127,22 @@ def test_a_wrong_command_line_exits_2(args, capsys):
     assert "Error: " in err
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["staus"], "Did you mean 'status'?"),
+        (["status", "--tiemout", "3"], "'--timeout'?"),
+        (["run", "--timeout", "5s", "--", "true"], "'5s' is not a valid number of seconds"),
+        (["why", "--min-free-memory-mb", "8GB"], "'8GB' is not a valid number."),
+        (["map", "-j", "many", "true", ":::", "1"], "'many' is not a valid whole number"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistyped_command_line_is_told_in_plain_words(args, words, capsys):
+    """What was meant, or what is wrong, without words of the library that reads it."""
+    assert words in run(capsys, *args)[2]
+
+
 @pytest.mark.parametrize("args", [["status", "--watch"], ["why", "--count", "0"], ["doctor", "--no-such-option"]])
 def test_a_wrong_command_line_with_json_is_an_object_too(args, capsys):
     """Who reads JSON reads it also when the options were wrong: one object, exit status 1."""
@@ -321,6 +337,36 @@ def test_watch_reads_the_servers_again(server, capsys):
     assert len(server.requests) >= 4
 
 
+@pytest.mark.parametrize("columns", [100, 80, 60, 40])
+def test_tables_fit_into_the_window(columns, server, monkeypatch, capsys):
+    """What is less needed is left out, and told to be; a table that wraps in the middle of words is of no use."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ids = [f"a-rather-long-name:{number}" for number in range(2)]
+    where = f"a-rather-long-name={server.url}"
+    with GPUPool(where, name="somebody") as pool, pool.gpu(timeout=10, uuid="GPU-aaaaaa-0"):
+        for name in ("status", "why", "leases"):
+            _, out, _ = run(capsys, name, "--endpoints", where)
+            assert max(map(len, out.splitlines())) <= columns, out
+            heads = [line.split() for line in out.splitlines()]
+            assert any(words and words[0] == ids[0] for words in heads), out
+            assert name == "leases" or any(words and words[0] == ids[1] for words in heads), out
+            assert "somebody" in out
+            assert ("too narrow for: " in out) == (columns < 80 or name in ("status", "leases")), out
+
+
+@pytest.mark.real
+def test_a_silent_server_is_named_while_it_is_waited_for():
+    """One that hangs costs its whole timeout; whoever looks at the screen knows by then whose fault it is."""
+    with (
+        servers.Server(servers.hang()) as hanging,
+        on_terminal("status", "--endpoints", f"hung={hanging.url}", "--timeout", "20") as (process, pieces),
+    ):
+        eventually(lambda: b"no answer yet from hung; waiting for up to 20 s" in b"".join(pieces), 30)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
 @contextlib.contextmanager
 def on_terminal(*args: str) -> Iterator[tuple[subprocess.Popen[bytes], list[bytes]]]:
     """A command with a terminal for its output, which is collected while it runs."""
@@ -371,7 +417,7 @@ def test_why_says_what_speaks_against_each_card(server, capsys):
     ):
         status, out, _ = run(capsys, "why", "--endpoints", f"one={server.url}")
     assert status == 0
-    assert "1 of 2 GPUs are free for one GPU" in out
+    assert "1 of 2 GPUs free for one GPU" in out
     assert re.search(r"one:0 .*held by somebody", out)
     assert re.search(r"one:1 .*free", out)
 
@@ -407,7 +453,7 @@ def test_why_names_servers_that_are_silent(capsys):
     with servers.refusing() as dead:
         status, out, _ = run(capsys, "why", "--endpoints", f"dead={dead}")
     assert status == 0
-    assert "0 of 0 GPUs are free" in out
+    assert "0 of 0 GPUs free" in out
     assert re.search(r"^dead: .*refused", out, re.MULTILINE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def planned(capfd, *arguments: str) -> list[str]:
 def test_commands(capfd, arguments, commands):
     """One for each value, or combination; quoted where the shell reads it; nothing is asked of anybody."""
     assert planned(capfd, *arguments) == commands
+
+
+def test_no_values_are_nothing_to_run(capfd):
+    """Said, as most likely a pattern has matched no file."""
+    assert main(["map", "echo", ":::"]) == 0
+    assert capfd.readouterr().err == "gpupool-sync: no values, so there is nothing to run\n"
 
 
 def test_values_from_files_and_stdin(capfd, tmp_path, monkeypatch):
@@ -233,6 +240,8 @@ def test_the_bar(fleet, terminal):  # noqa: F811
     it.see(b"said 1")
     it.see(b"1/4")
     it.see(b"2 running")
+    # Each line of ours begins where the bar was erased, or after it has made room.
+    assert re.findall(rb"(\x1b\[2K|\n)gpupool-sync: simulated: ", it.text), it.text
     it.type(b"\x03")
     assert it.wait() == 130
     assert b"1 job did not begin, because SIGINT came" in it.text

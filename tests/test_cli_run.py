@@ -108,8 +108,7 @@ def test_the_command_has_the_gpu_and_the_wrapper_its_status(fleet):
     assert it.returncode == 7
     assert lease.note == "a note"
     assert err.splitlines() == [
-        f"gpupool-sync: {lease.gpus[0]} is a simulated GPU: the mask is set as for a real one, but CUDA will find "
-        "nothing there"
+        f"gpupool-sync: simulated: {lease.gpus[0]}; masked as a real GPU would be, but CUDA will find nothing there"
     ]
 
 
@@ -272,7 +271,7 @@ def test_what_it_waits_for_is_said_once(fleet):
             held.close()
             rest = it.stderr.read()
             assert it.stdout.read() == "done\n"
-    assert re.match(r"waiting 2\.\d s for one GPU, place 1 in the queue: sim:0-1 \(Simulated A100\): held by ", line)
+    assert re.match(r"waiting 2\.\d s for one GPU, place 1: sim:0-1 held by ", line)
     assert f"pid {os.getpid()}" in line
     assert rest.splitlines()[0].startswith("gpupool-sync: got sim:")
 
@@ -339,7 +338,7 @@ def test_the_terminal_is_the_commands(fleet, terminal):
     )
     with GPUPool() as pool, pool.gpus(2):
         it = terminal(*OURS, "run", *python(code))
-        it.see(b"s for one GPU, place 1 in the queue: sim:0-1 (Simulated A100): held by", 2)
+        it.see(b"s for one GPU, place 1: sim:0-1 held by", 2)
         it.see(b"\r\x1b[2Kwaiting ", 2)
     it.see(b"front True True")
     it.type(b"some words\n")
@@ -359,7 +358,7 @@ def test_ctrl_z_and_fg(fleet, terminal):
     """The shell sees that the job has stopped, keeps its GPU, and continues it."""
     line = f"{' '.join(OURS)} run -- cat; echo stopped=$?; fg; echo ended=$?"
     it = terminal("bash", "--norc", "-ic", line)
-    it.see(b"is a simulated GPU")
+    it.see(b"gpupool-sync: simulated: ")
     it.type(b"first\n")
     it.see(b"first", 2)  # echoed by the terminal, and by the command: it runs
     it.type(b"\x1a")

@@ -138,7 +138,7 @@ def test_the_line_of_a_wait_is_one_line():
 
     assert line.isprintable()
     assert line.startswith("waiting 1 min 15 s for ")
-    assert "place 2 in the queue: " in line
+    assert ", place 2: " in line
 
 
 # -- who is shown a wait, and where ----------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ ERASE = "\r\x1b[2K"
 def test_a_terminal_has_one_line_while_a_script_waits(mode):
     """It says for what, the place and who has it, is drawn over, and is gone when the GPU comes."""
     with Program(mode) as program:
-        program.wait_for(r"waiting [0-9.]+ s for one GPU, place [12] in the queue: .*held by here .*, this process")
+        program.wait_for(r"waiting [0-9.]+ s for one GPU, place [12]: .*held by here .*, this process")
         program.wait_for(r"(?s)waiting.*waiting")
         program.release()
         assert program.end()[-2:] == ["granted", "over"]

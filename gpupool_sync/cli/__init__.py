@@ -8,6 +8,7 @@ is printed, errors included.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import os
 import sys
@@ -46,6 +47,17 @@ class _LazyGroup(click.Group):
         command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            meant = difflib.get_close_matches(args[0], COMMANDS, 1) if args else []
+            if meant and "Did you mean" not in exc.message:
+                raise click.UsageError(f"{exc.message} Did you mean {meant[0]!r}?", ctx) from None
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click would import every command for its first line of help.

@@ -80,7 +80,7 @@ def run_anywhere(
         Interrupted: by a signal, before the command ran.
         GPUPoolError: no machine can ever have what is asked for.
     """
-    end = None if order.timeout is None else time.monotonic() + order.timeout
+    end = None if order.terms.timeout is None else time.monotonic() + order.terms.timeout
     try:
         prefix = shlex.split(ssh)
     except ValueError as exc:
@@ -114,12 +114,12 @@ def run_anywhere(
 
 
 def _count(order: Order) -> int:
-    return int(order.request.get("count", 1))
+    return int(order.terms.request.get("count", 1))
 
 
 def _look(pool: GPUPool, order: Order, signals: Signals) -> _Seen:
     def look() -> _Seen:
-        explanation = pool.explain(**{**order.request, "local": False})
+        explanation = pool.explain(**{**order.terms.request, "local": False})
         machines = pool.machines()
         places = []
         for endpoint_id, machine in machines.items():
@@ -158,9 +158,10 @@ def _try_here(
     order: Order, endpoints: str | None, place: _Place, patience: float | None, signals: Signals
 ) -> int | None:
     """The command's exit status; None: there was no GPU after all."""
-    request = {**order.request, "endpoint": (place.endpoint_id,)}
+    request = {**order.terms.request, "endpoint": (place.endpoint_id,)}
     try:
-        return run_here(attrs.evolve(order, request=request, timeout=patience), endpoints, signals)
+        terms = attrs.evolve(order.terms, request=request, timeout=patience)
+        return run_here(attrs.evolve(order, terms=terms), endpoints, signals)
     except AcquireTimeout:
         return None
 
@@ -186,7 +187,7 @@ def _over_there(order: Order, place: _Place, patience: float | None, program: st
     if not _HOST.fullmatch(host):
         raise GPUPoolError(f"{place.endpoint_id} says that its machine is called {host!r}, which ssh cannot be told")
     words = ["--none-free-status", str(NONE_FREE)]
-    for name, value in order.request.items():
+    for name, value in order.terms.request.items():
         if name == "endpoint":
             continue  # of this pool; over there it is that machine
         option = f"--{name.replace('_', '-')}"
@@ -199,10 +200,10 @@ def _over_there(order: Order, place: _Place, patience: float | None, program: st
             words += [option, f"{each:.15g}" if isinstance(each, float) else str(each)]
     more = {
         "--timeout": None if patience is None else f"{patience:.3f}",
-        "--note": order.note,
-        "--visible": order.visible,
-        "--on-lost": order.on_lost,
-        "--grace": f"{order.grace:.15g}",
+        "--note": order.terms.note,
+        "--visible": order.terms.visible,
+        "--on-lost": order.terms.on_lost,
+        "--grace": f"{order.terms.grace:.15g}",
     }
     words += [word for option, value in more.items() if value is not None for word in (option, value)]
     where = os.getcwd() if directory is None else directory

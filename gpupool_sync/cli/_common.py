@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -22,6 +24,7 @@ from gpupool_sync.status import to_jsonable
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from gpupool_sync.pool import GPUPool
 
@@ -30,6 +33,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Columns of a console that is no terminal: what is piped must not be cut to the width of nobody's window.
 PIPE_WIDTH = 240
 
+#: Seconds that a server may be silent before a line says whom we wait for.
+PATIENCE = 1.5
+
 #: What an arbiter's scope means to a reader.
 SCOPES = {
     "process": "among the threads of one process",
@@ -37,6 +43,24 @@ SCOPES = {
     "host": "among all processes and users of this machine",
     "everybody": "among everybody who can reach the GPU",
 }
+
+
+class Number(click.FloatRange):
+    """A float; what is none is told in words that people use."""
+
+    name = "number"
+
+
+class Seconds(Number):
+    """A duration."""
+
+    name = "number of seconds"
+
+
+class Count(click.IntRange):
+    """How many."""
+
+    name = "whole number"
 
 
 @attrs.define
@@ -71,7 +95,7 @@ def client_options(command: F) -> F:
     command = json_option(command)
     command = click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True, max=86400),
+        type=Seconds(min=0, min_open=True, max=86400),
         metavar="SECONDS",
         help="Seconds for one exchange with a server, retries included.  [default: GPU_ENDPOINT_TIMEOUT, else 10]",
     )(command)
@@ -105,27 +129,87 @@ _REQUEST_OPTIONS = (
         metavar="ID",
         help="Not this GPU (server1:0 or UUID) or endpoint; repeatable.  [default: none]",
     ),
-    click.option("--min-free-memory-mb", type=float, metavar="MIB", help="MiB that must be free.  [default: any]"),
+    click.option("--min-free-memory-mb", type=Number(), metavar="MIB", help="MiB that must be free.  [default: any]"),
     click.option(
         "--max-utilization-percent",
-        type=float,
+        type=Number(),
         metavar="PERCENT",
         help="Percent of load that must not be exceeded.  [default: the threshold of the settings]",
     ),
     click.option(
-        "--memory-mb", type=float, metavar="MIB", help="Share a GPU: so many MiB of it.  [default: the whole GPU]"
+        "--memory-mb", type=Number(), metavar="MIB", help="Share a GPU: so many MiB of it.  [default: the whole GPU]"
     ),
     click.option(
         "--max-holders",
-        type=click.IntRange(min=1),
+        type=Count(min=1),
         metavar="N",
         help="Share a GPU: one of N places.  [default: the whole GPU]",
     ),
-    click.option(
-        "-n", "--count", type=click.IntRange(min=1), metavar="N", help="So many GPUs of one host.  [default: 1]"
-    ),
+    click.option("-n", "--count", type=Count(min=1), metavar="N", help="So many GPUs of one host.  [default: 1]"),
     click.option("--busy-ok", is_flag=True, help="Also a GPU that others compute on.  [default: only an idle one]"),
 )
+
+
+#: How the GPU of a command is leased, and what the command is told of it.
+_LEASE_OPTIONS = (
+    click.option(
+        "--timeout",
+        type=Seconds(min=0, max=10_000_000),
+        metavar="SECONDS",
+        help="How long to wait for a GPU; 0: not at all.  [default: as long as it takes]",
+    ),
+    click.option("--note", metavar="TEXT", help="Shown to others beside the lease.  [default: none]"),
+    click.option(
+        "--visible",
+        type=click.Choice(["uuid", "index"]),
+        help="How CUDA_VISIBLE_DEVICES names the GPUs; index: for programs that parse numbers.  "
+        "[default: GPU_POOL_VISIBLE, else uuid]",
+    ),
+    click.option(
+        "--on-lost",
+        type=click.Choice(["kill", "warn"]),
+        default="kill",
+        show_default=True,
+        help="What becomes of a command whose lease is lost, so that others may get the GPU.",
+    ),
+    click.option(
+        "--grace",
+        type=Seconds(min=0, max=86400),
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Between SIGTERM and SIGKILL for a command that has to end.",
+    ),
+)
+
+
+@attrs.frozen
+class Terms:
+    """What `lease_options` say; durations in seconds."""
+
+    request: Mapping[str, Any]
+    timeout: float | None
+    note: str | None
+    visible: str | None
+    on_lost: str
+    grace: float
+
+
+def lease_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The options of `request_options`, and those of commands that run on what is leased: one argument, *terms*."""
+
+    @functools.wraps(command)
+    def collected(**given: Any) -> int:
+        rest = {name: given.pop(name) for name in list(given) if name not in names}
+        terms = {name: given.pop(name) for name in ("timeout", "note", "visible", "on_lost", "grace")}
+        return command(terms=Terms(request=asked_for(given), **terms), **rest)
+
+    for option in reversed(_LEASE_OPTIONS):
+        collected = option(collected)
+    collected = request_options(collected)
+    params: list[click.Parameter] = getattr(collected, "__click_params__")  # noqa: B009 - click's way to hand them on
+    names = {param.name for param in params[-len(_REQUEST_OPTIONS) - len(_LEASE_OPTIONS) :]}
+    return collected
 
 
 def request_options(command: F) -> F:
@@ -156,8 +240,12 @@ def _without_secrets(ctx: click.Context, param: click.Parameter, value: str | No
 
 
 @contextlib.contextmanager
-def looking_pool(endpoints: str | None, timeout: float | None) -> Iterator[GPUPool]:
-    """An open pool whose servers have all answered or failed once; it sees the leases that its arbiter knows."""
+def looking_pool(endpoints: str | None, timeout: float | None, *, patience: float | None = None) -> Iterator[GPUPool]:
+    """
+    An open pool that sees the leases that its arbiters know.
+
+    All its servers have answered or failed once; or *patience* seconds have passed, and one has answered.
+    """
     from gpupool_sync.errors import ExclusivityWarning
     from gpupool_sync.pool import GPUPool
 
@@ -172,8 +260,33 @@ def looking_pool(endpoints: str | None, timeout: float | None) -> Iterator[GPUPo
             warnings.simplefilter("ignore", ExclusivityWarning)
             pool.open()
         with pool:
-            pool.open(wait=True)
+            with _silence_explained(pool):
+                pool.open(wait=True, timeout=patience)
             yield pool
+
+
+@contextlib.contextmanager
+def _silence_explained(pool: GPUPool) -> Iterator[None]:
+    """One hung server holds the answer up for the whole of its timeout: after a while that is told, on a terminal."""
+
+    def tell() -> None:
+        engine = pool._engine
+        numbers = {} if engine is None else {each.id: each.numbers() for each in list(engine.endpoints.values())}
+        silent = [name for name, of in numbers.items() if of.last_seen is None and not of.consecutive_failures]
+        names = ", ".join(map(plain, silent[:3])) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+        longest = pool._settings.endpoint_timeout
+        click.echo(f"no answer yet from {names or 'anybody'}; waiting for up to {longest:g} s (--timeout)", err=True)
+
+    if not sys.stderr.isatty():
+        yield
+        return
+    timer = threading.Timer(PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -230,16 +343,72 @@ def on_screen() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
 
 
-def make_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table in the one look of this command line; columns named in *right* have numbers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+@attrs.define
+class Listing:
+    """
+    Rows for a table in the one look of this command line.
+
+    A table that does not fit into the window is cut up line by line, and then nobody can read it: columns in *spare*
+    are left out first, the last one first.  Those in *right* are numbers; those in *wrapped* are sentences, which may
+    have several lines.
+    """
+
+    columns: Sequence[str]
+    right: Sequence[str] = ()
+    wrapped: Mapping[str, int] = {}  # column -> characters that will do
+    spare: Sequence[str] = ()
+    rows: list[Sequence[Text]] = attrs.Factory(list)
+
+    def add(self, *cells: Text) -> None:
+        """One row."""
+        self.rows.append(cells)
+
+    def table(self, width: int | None) -> tuple[Table, Sequence[str]]:
+        """The table, and which columns were left out; *width* in characters, None: as wide as it is."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = list(self.columns)
+        left_out: list[str] = []
+        while width is not None and self._width(shown) > width and (spare := self._spare(shown)) is not None:
+            shown.remove(spare)
+            left_out.append(spare)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        fits = width is not None and self._width(shown) <= width
+        for column in shown:
+            # Numbers and names are of no use in part; only sentences wrap.
+            right = column in self.right
+            whole = right or (fits and column not in self.wrapped)
+            table.add_column(Text(column), justify="right" if right else "left", no_wrap=whole, overflow="fold")
+        for cells in self.rows:
+            named = dict(zip(self.columns, cells, strict=True))
+            table.add_row(*(named[column] for column in shown))
+        return table, left_out
+
+    def _spare(self, shown: Sequence[str]) -> str | None:
+        return next((column for column in reversed(self.spare) if column in shown), None)
+
+    def _width(self, shown: Sequence[str]) -> int:
+        between = 3 * (len(shown) - 1)
+        return between + sum(self._width_of(number) for number, name in enumerate(self.columns) if name in shown)
+
+    def _width_of(self, number: int) -> int:
+        name = self.columns[number]
+        natural = max(len(name), *(cells[number].cell_len for cells in self.rows), 0)
+        return min(natural, max(len(name), self.wrapped.get(name, natural)))
+
+
+def window_width(console: Console) -> int | None:
+    """In characters; None: nobody's window, so that nothing has to be left out."""
+    return console.width if on_screen() or _columns() else None
+
+
+def left_out_note(left_out: Sequence[str]) -> list[Text]:
+    """What a narrow window does not show."""
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for column in columns:
-        # Numbers and names are of no use in part; only words wrap.
-        table.add_column(
-            Text(column), justify="right" if column in right else "left", no_wrap=column in right, overflow="fold"
-        )
-    return table
+    if not left_out:
+        return []
+    names = ", ".join(dict.fromkeys(left_out))
+    return [Text(f"This window is too narrow for: {names}. A wider one, or --json, has them.", style="dim")]

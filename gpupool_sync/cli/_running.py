@@ -16,9 +16,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
-import click
 
-from gpupool_sync.cli._common import plain
+from gpupool_sync.cli._common import Terms, plain
 from gpupool_sync.errors import AcquireTimeout, GPUPoolError, RemoteGPUError
 
 if TYPE_CHECKING:
@@ -43,13 +42,20 @@ LOOK = 0.5
 
 def say(text: object) -> None:
     """One line of ours among what the command says."""
-    click.echo(f"gpupool-sync: {plain(text)}", err=True)
+    write(f"gpupool-sync: {plain(text)}")
 
 
 def complain(error: object) -> None:
     """An error, in as many lines as it has."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    click.echo("\n".join([f"Error: {plain(lines[0])}", *map(plain, lines[1:])]), err=True)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    write("\n".join([f"Error: {plain(lines[0])}", *map(plain, lines[1:])]))
+
+
+def write(text: str) -> None:
+    """To stderr, above a bar that is drawn there: rich replaces `sys.stderr`, and click would look behind it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or was never there
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 # -- signals -----------------------------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def working_pool(endpoints: str | None, *, progress: bool) -> Iterator[GPUPool]:
     from gpupool_sync.pool import GPUPool
 
     def show(message: Warning | str, *where: object, **more: object) -> None:
-        click.echo(f"Warning: {plain(message)}", err=True)
+        write(f"Warning: {plain(message)}")
 
     logger, handler = logging.getLogger("gpupool_sync"), _Said(logging.WARNING)
     logger.addHandler(handler)
@@ -239,15 +245,13 @@ class Asking(Background[Any]):
     def __init__(
         self,
         pool: GPUPool,
-        request: Mapping[str, Any],
-        timeout: float | None,
-        note: str | None = None,
+        terms: Terms,
         on_lost: Callable[[Any], object] | None = None,
     ) -> None:
         self._pool = pool
-        self._request = dict(request)
-        self._timeout = timeout
-        self._more: dict[str, Any] = {"note": note, "on_lost": on_lost}
+        self._request = dict(terms.request)
+        self._timeout = terms.timeout
+        self._more: dict[str, Any] = {"note": terms.note, "on_lost": on_lost}
         self._acquiring: _Acquiring[Any] | None = None
         self._cancelled = False
         self._begin = time.monotonic()

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpupool_sync.cli._common import json_option, make_console, on_screen, plain, plural, print_json, quiet_log
+from gpupool_sync.cli._common import (
+    Count,
+    Seconds,
+    json_option,
+    make_console,
+    on_screen,
+    plain,
+    plural,
+    print_json,
+    quiet_log,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,10 +47,10 @@ _PALETTE = ("blue", "magenta", "cyan", "green", "dark_orange3", "purple4", "deep
 
 
 @click.command()
-@click.option("--jobs", type=click.IntRange(1, 1000), default=60, show_default=True, metavar="N", help="Jobs to run.")
+@click.option("--jobs", type=Count(1, 1000), default=60, show_default=True, metavar="N", help="Jobs to run.")
 @click.option(
     "--seconds-per-job",
-    type=click.FloatRange(0.01, 10),
+    type=Seconds(0.01, 10),
     default=2.0,
     show_default=True,
     metavar="SECONDS",

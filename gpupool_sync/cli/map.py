@@ -15,14 +15,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 import click
 
-from gpupool_sync.cli._common import asked_for, endpoints_option, plain, plural, request_options
+from gpupool_sync.cli._common import Count, Terms, endpoints_option, lease_options, plain, plural
 from gpupool_sync.cli._running import (
     BY_SIGNAL,
     ENDING,
@@ -39,6 +39,7 @@ from gpupool_sync.cli._running import (
     visible_as,
     wake,
     working_pool,
+    write,
 )
 from gpupool_sync.display import waiting_line
 from gpupool_sync.errors import GPUPoolError
@@ -100,47 +101,15 @@ class _Job:
 class _Plan:
     """The options."""
 
-    request: Mapping[str, Any]
-    timeout: float | None
-    note: str | None
+    terms: Terms
     limit: int | None
     retries: int
     halt: str
-    logs: str | None
-    on_lost: str
-    grace: float
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @endpoints_option
-@request_options
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, max=10_000_000),
-    metavar="SECONDS",
-    help="How long to wait for the next GPU.  [default: as long as it takes]",
-)
-@click.option("--note", metavar="TEXT", help="Shown to others beside the leases.  [default: none]")
-@click.option(
-    "--visible",
-    type=click.Choice(["uuid", "index"]),
-    help="How CUDA_VISIBLE_DEVICES names the GPUs.  [default: GPU_POOL_VISIBLE, else uuid]",
-)
-@click.option(
-    "--on-lost",
-    type=click.Choice(["kill", "warn"]),
-    default="kill",
-    show_default=True,
-    help="What becomes of a job whose lease is lost.",
-)
-@click.option(
-    "--grace",
-    type=click.FloatRange(min=0, max=86400),
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Between SIGTERM and SIGKILL for jobs that have to end.",
-)
+@lease_options
 @click.option(
     "-a",
     "--arg-file",
@@ -150,12 +119,10 @@ class _Plan:
     metavar="FILE",
     help="Values, one a line; - is stdin; repeatable.  [default: those after :::, else stdin]",
 )
-@click.option(
-    "-j", "--jobs", "limit", type=click.IntRange(min=1), metavar="N", help="So many at once.  [default: any number]"
-)
+@click.option("-j", "--jobs", "limit", type=Count(min=1), metavar="N", help="So many at once.  [default: any number]")
 @click.option(
     "--retries",
-    type=click.IntRange(min=0),
+    type=Count(min=0),
     default=0,
     show_default=True,
     metavar="N",
@@ -178,11 +145,7 @@ class _Plan:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND... [::: VALUE...]...")
 def map(
     endpoints: str | None,
-    timeout: float | None,
-    note: str | None,
-    visible: str | None,
-    on_lost: str,
-    grace: float,
+    terms: Terms,
     files: Sequence[IO[str]],
     limit: int | None,
     retries: int,
@@ -190,7 +153,6 @@ def map(
     logs: str | None,
     dry_run: bool,
     command: tuple[str, ...],
-    **request: Any,
 ) -> int:
     """
     Run a command once for each value, each on a GPU of its own, as many at once as GPUs come free.
@@ -211,11 +173,14 @@ def map(
         for job in jobs:
             click.echo(job.command[2] if _by_shell(job.command) else shlex.join(job.command))
         return 0
-    plan = _Plan(asked_for(request), timeout, note, limit, retries, halt, logs, on_lost, grace)
+    if not jobs:
+        say("no values, so there is nothing to run")
+        return 0
+    plan = _Plan(terms, limit, retries, halt)
     if logs is not None:
         _name_logs(jobs, logs)
     try:
-        with Signals(*ENDING) as signals, visible_as(visible), working_pool(endpoints, progress=False) as pool:
+        with Signals(*ENDING) as signals, visible_as(terms.visible), working_pool(endpoints, progress=False) as pool:
             with _Screen(len(jobs)) as screen:
                 queue = _Queue(pool, jobs, plan, signals, screen)
                 try:
@@ -343,7 +308,7 @@ class _Queue:
                     job.lost = f"the lease on {gpu._names()} is lost ({gpu._tie.grant.why_lost()})"
             wake()
 
-        self._asking = Asking(self._pool, self._plan.request, self._plan.timeout, self._plan.note, on_lost)
+        self._asking = Asking(self._pool, self._plan.terms, on_lost)
         self._explain_at = FIRST_WORD
 
     def _tell(self) -> None:
@@ -352,7 +317,7 @@ class _Queue:
         if asking is None or self._running:
             return
         if self._explaining is None and asking.waited >= self._explain_at:
-            self._explaining = Background(lambda: self._pool.explain(**self._plan.request))
+            self._explaining = Background(lambda: self._pool.explain(**self._plan.terms.request))
         if self._explaining is not None and self._explaining.done:
             explaining, self._explaining = self._explaining, None
             self._explain_at = asking.waited + NEXT_WORD
@@ -410,14 +375,14 @@ class _Queue:
         assert job.process is not None
         code = job.process.poll()
         if code is None:
-            if job.lost is not None and self._plan.on_lost == "kill" and job.kill_at == float("inf"):
+            if job.lost is not None and self._plan.terms.on_lost == "kill" and job.kill_at == float("inf"):
                 say(f"{job.title}: {job.lost}; it is ended")
-                job.end(self._plan.grace)
+                job.end(self._plan.terms.grace)
             if time.monotonic() >= job.kill_at:
                 job.signal(signal.SIGKILL)
             return
         self._running.remove(job)
-        if job.lost is not None and self._plan.on_lost == "kill":
+        if job.lost is not None and self._plan.terms.on_lost == "kill":
             job.failure = job.lost
         elif code != 0:
             job.failure = f"exit status {code}" if code > 0 else f"ended by {_signal_name(-code)}"
@@ -444,7 +409,7 @@ class _Queue:
                 self._stop("a job has failed")
             if self._plan.halt == "now":
                 for other in self._running:
-                    other.end(self._plan.grace)
+                    other.end(self._plan.terms.grace)
 
     def _serve(self, event: Event) -> None:
         if event.number == signal.SIGTSTP:
@@ -456,7 +421,7 @@ class _Queue:
                 job.signal(signal.SIGCONT)
         elif event.number != signal.SIGCONT:
             # Whoever asks twice does not want to wait.
-            grace = self._plan.grace if self._signal is None else 0.0
+            grace = self._plan.terms.grace if self._signal is None else 0.0
             self._signal = event.number
             self._stop(f"{_signal_name(event.number)} came")
             for job in self._running:
@@ -468,7 +433,7 @@ class _Queue:
         """In whatever way `run` ended: nothing is left that waits or runs."""
         self._stop("this program ends")
         for job in self._running:
-            job.end(self._plan.grace)
+            job.end(self._plan.terms.grace)
         for job in self._running:
             assert job.process is not None
             try:
@@ -485,9 +450,9 @@ class _Queue:
             say(f"{len(self._failed)} of {plural(len(self._jobs), 'job')} failed:")
             for job in self._failed[:LISTED]:
                 log = "" if job.log is None else f", see {job.log}"
-                click.echo(f"  {plain(job.title)}: {plain(job.failure)}{plain(log)}", err=True)
+                write(f"  {plain(job.title)}: {plain(job.failure)}{plain(log)}")
             if len(self._failed) > LISTED:
-                click.echo(f"  and {len(self._failed) - LISTED} more", err=True)
+                write(f"  and {len(self._failed) - LISTED} more")
         if self._todo:
             say(f"{plural(len(self._todo), 'job')} did not begin, because {self._stopping}")
         if self._signal is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpupool_sync.cli._common import client_options, looking_pool, plain, print_json, seconds
+from gpupool_sync.cli._common import Seconds, client_options, looking_pool, plain, print_json, seconds
 from gpupool_sync.errors import LeaseStoreError, NoSuchGPU
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LOOK = 0.2
 @click.option("--force", is_flag=True, help="Also leases of other users, and of other machines.")
 @click.option(
     "--wait",
-    type=click.FloatRange(min=0, max=3600),
+    type=Seconds(min=0, max=3600),
     default=5.0,
     show_default=True,
     metavar="SECONDS",

@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import click
 
-from gpupool_sync.cli._common import asked_for, endpoints_option, request_options, seconds
+from gpupool_sync.cli._common import Terms, endpoints_option, lease_options, seconds
 from gpupool_sync.cli._running import (
     BY_SIGNAL,
     CANNOT_RUN,
@@ -49,46 +48,13 @@ class Order:
     """One command line."""
 
     command: tuple[str, ...]
-    request: Mapping[str, Any]
-    timeout: float | None
-    note: str | None
-    visible: str | None
-    on_lost: str
-    grace: float
+    terms: Terms
     descriptors: tuple[int, ...] = ()
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @endpoints_option
-@request_options
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, max=10_000_000),
-    metavar="SECONDS",
-    help="How long to wait for the GPU; 0: not at all.  [default: as long as it takes]",
-)
-@click.option("--note", metavar="TEXT", help="Shown to others beside the lease.  [default: none]")
-@click.option(
-    "--visible",
-    type=click.Choice(["uuid", "index"]),
-    help="How CUDA_VISIBLE_DEVICES names the GPUs; index: for programs that parse numbers.  "
-    "[default: GPU_POOL_VISIBLE, else uuid]",
-)
-@click.option(
-    "--on-lost",
-    type=click.Choice(["kill", "warn"]),
-    default="kill",
-    show_default=True,
-    help="What becomes of the command if the lease is lost, so that others may get the GPU.",
-)
-@click.option(
-    "--grace",
-    type=click.FloatRange(min=0, max=86400),
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Between SIGTERM and SIGKILL for --on-lost kill.",
-)
+@lease_options
 @click.option("--any-host", is_flag=True, help="Run it in the machine that has a free GPU, by ssh.  [default: here]")
 @click.option(
     "--ssh",
@@ -111,18 +77,13 @@ class Order:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND...")
 def run(
     endpoints: str | None,
-    timeout: float | None,
-    note: str | None,
-    visible: str | None,
-    on_lost: str,
-    grace: float,
+    terms: Terms,
     any_host: bool,
     ssh: str,
     remote_program: str,
     remote_dir: str | None,
     none_free_status: int | None,
     command: tuple[str, ...],
-    **request: Any,
 ) -> int:
     """
     Run a command on a GPU, as soon as there is one.
@@ -133,7 +94,7 @@ def run(
     Exit status: the command's, 128+N if signal N ended it; 124 no GPU came in time; 125 something else went wrong, the
     lost lease of --on-lost kill included; 126 the command cannot be run; 127 there is no such command.
     """
-    order = Order(command, asked_for(request), timeout, note, visible, on_lost, grace, passed_on())
+    order = Order(command, terms, passed_on())
     try:
         with Signals(*ENDING, *MESSAGES) as signals:
             if any_host:
@@ -166,9 +127,9 @@ def run_here(order: Order, endpoints: str | None, signals: Signals) -> int:
         found = os.path.exists(program) and os.sep in program
         say(f"{program}: {'cannot be executed' if found else 'command not found'}")
         return CANNOT_RUN if found else NOT_FOUND
-    with visible_as(order.visible), working_pool(endpoints, progress=True) as pool:
-        lost = Lost(order)
-        asking = Asking(pool, order.request, order.timeout, order.note, lost.tell)
+    with visible_as(order.terms.visible), working_pool(endpoints, progress=True) as pool:
+        lost = Lost(order.terms)
+        asking = Asking(pool, order.terms, lost.tell)
         try:
             gpu = asking.wait(signals)
         except BaseException:
@@ -191,9 +152,9 @@ def run_here(order: Order, endpoints: str | None, signals: Signals) -> int:
 class Lost:
     """Whether the command's lease was lost, and what is done about it."""
 
-    def __init__(self, order: Order) -> None:
-        self.kill = order.on_lost == "kill"
-        self.grace = order.grace
+    def __init__(self, terms: Terms) -> None:
+        self.kill = terms.on_lost == "kill"
+        self.grace = terms.grace
         self._told: list[str] = []
 
     def tell(self, gpu: Any) -> None:

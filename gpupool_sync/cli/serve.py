@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gpupool_sync.cli._common import json_option, print_json
+from gpupool_sync.cli._common import Number, Seconds, json_option, print_json
 
 
 @click.command()
@@ -31,7 +31,7 @@ from gpupool_sync.cli._common import json_option, print_json
 )
 @click.option(
     "--simulate-lag",
-    type=click.FloatRange(min=0, max=86400),
+    type=Seconds(min=0, max=86400),
     default=0.0,
     metavar="SECONDS",
     show_default=True,
@@ -39,7 +39,7 @@ from gpupool_sync.cli._common import json_option, print_json
 )
 @click.option(
     "--simulate-foreign",
-    type=click.FloatRange(min=0, max=1),
+    type=Number(min=0, max=1),
     default=0.0,
     metavar="PROBABILITY",
     show_default=True,
@@ -47,7 +47,7 @@ from gpupool_sync.cli._common import json_option, print_json
 )
 @click.option(
     "--simulate-noise",
-    type=click.FloatRange(min=0, max=100),
+    type=Number(min=0, max=100),
     default=0.0,
     metavar="PERCENT",
     show_default=True,
@@ -57,7 +57,8 @@ from gpupool_sync.cli._common import json_option, print_json
 @click.option(
     "--name",
     metavar="TEXT",
-    help="Name of the simulated host; its GPUs' UUIDs follow from it.  [default: this machine's name]",
+    help="Name of the simulated host; its GPUs' UUIDs follow from it.  "
+    "[default: this machine's, and the port unless that is 8000]",
 )
 @click.option(
     "--lock-dir",
@@ -122,13 +123,18 @@ def serve(
 
         reader = SimulatedReader(
             parse_cards(simulate),
-            name=name or devices.host_identity().name,
+            name=name or _simulated_name(devices.host_identity().name, options.port),
             foreign=simulate_foreign,
             noise=simulate_noise,
             lag=simulate_lag,
             seed=seed,
         )
     run.serve(reader, options, announce=print_json if as_json else click.echo)
+
+
+def _simulated_name(host: str, port: int) -> str:
+    """Two servers on two ports stand for two machines: with one name they would have the same GPUs."""
+    return host if port in (0, 8000) else f"{host}-{port}"
 
 
 def _only_with_simulate(context: click.Context, simulate: str | None) -> None:

@@ -13,16 +13,20 @@ import click
 
 from gpupool_sync.cli._common import (
     SCOPES,
+    Count,
+    Listing,
+    Seconds,
     client_options,
+    left_out_note,
     looking_pool,
     make_console,
-    make_table,
     milliseconds,
     on_screen,
     plain,
     plural,
     print_json,
     seconds,
+    window_width,
 )
 from gpupool_sync.status import CardStatus, EndpointStatus, Status
 
@@ -39,13 +43,13 @@ if TYPE_CHECKING:
     "--watch",
     is_flag=False,
     flag_value=2.0,
-    type=click.FloatRange(min=0.1, max=86400),
+    type=Seconds(min=0.1, max=86400),
     metavar="[SECONDS]",
     help="Read all servers again every so many seconds (2 if no number is given), until Ctrl-C.  [default: once]",
 )
 @click.option(
     "--count",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     metavar="N",
     help="With --watch: stop after so many readings.  [default: go on until Ctrl-C]",
 )
@@ -60,7 +64,7 @@ def status(endpoints: str | None, timeout: float | None, as_json: bool, watch: f
         raise click.UsageError("--json prints one value; leave --watch out")
     if count is not None and watch is None:
         raise click.UsageError("--count counts the readings of --watch; give both")
-    with looking_pool(endpoints, timeout) as pool:
+    with looking_pool(endpoints, timeout, patience=watch) as pool:
         if watch is not None:
             with contextlib.suppress(KeyboardInterrupt):  # the way to end it
                 _watch(pool, watch, count)
@@ -69,7 +73,8 @@ def status(endpoints: str | None, timeout: float | None, as_json: bool, watch: f
         if as_json:
             print_json(state)
         else:
-            make_console().print(render(state))
+            console = make_console()
+            console.print(render(state, window_width(console)))
         # For scripts: a pool none of whose servers answers is of no use to anybody.
         return 0 if state.healthy_endpoints else 1
 
@@ -81,9 +86,10 @@ def _watch(pool: GPUPool, interval: float, count: int | None) -> None:
         return
     from rich.live import Live
 
-    with Live(console=make_console(), auto_refresh=False, screen=False, vertical_overflow="crop") as live:
+    console = make_console()
+    with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="crop") as live:
         for state in _readings(pool, interval, count):
-            live.update(render(state), refresh=True)
+            live.update(render(state, window_width(console)), refresh=True)
 
 
 def _readings(pool: GPUPool, interval: float, count: int | None) -> Iterator[Status]:
@@ -121,19 +127,20 @@ def _totals(state: Status) -> str:
     )
 
 
-def render(state: Status) -> RenderableType:
-    """Two tables and what is to be said about them."""
+def render(state: Status, width: int | None = None) -> RenderableType:
+    """Two tables, for a window of *width* characters, and what is to be said about them."""
     from rich.console import Group
     from rich.text import Text
 
-    servers = make_table(
-        *("Endpoint", "URL", "State", "Breaker", "Free", "Response", "Age", "Leases by", "From"),
+    servers = Listing(
+        ("Endpoint", "URL", "State", "Breaker", "Free", "Response", "Age", "Leases by", "From"),
         right=("Free", "Response", "Age"),
+        spare=("Age", "Response", "Breaker", "URL", "Leases by", "From"),
     )
     notes: list[Text] = []
     endpoints = [each for each in state.endpoints if isinstance(each, EndpointStatus)]
     for each in endpoints:
-        servers.add_row(
+        servers.add(
             Text(plain(each.endpoint_id), style="bold"),
             Text(plain(each.url)),
             _state(each),
@@ -141,7 +148,8 @@ def render(state: Status) -> RenderableType:
             Text(f"{each.available_gpus}/{each.total_gpus}"),
             _response(each),
             Text("–" if each.age is None else seconds(each.age)),
-            Text(f"{plain(each.arbiter)} ({plain(each.scope)})"),
+            # Before its first answer nobody knows who arbitrates its cards.
+            Text("–" if each.last_seen is None else f"{plain(each.arbiter)} ({plain(each.scope)})"),
             Text(plain(each.origin)),
         )
         if each.last_error:
@@ -150,11 +158,17 @@ def render(state: Status) -> RenderableType:
     notes += [
         Text(f"{plain(each.source)}: {plain(each.problem)}", style="red") for each in state.sources if each.problem
     ]
-    parts: list[RenderableType] = [servers, Text("")]
+    table, left_out = servers.table(width)
+    parts: list[RenderableType] = [table, Text("")]
     if state.gpus:
-        cards = make_table("GPU", "Model", "Memory", "Load", "Temp", "Holder", right=("Memory", "Load", "Temp"))
+        cards = Listing(
+            ("GPU", "Model", "Memory", "Load", "Temp", "Holder"),
+            right=("Memory", "Load", "Temp"),
+            wrapped={"Holder": 16},
+            spare=("Memory", "Load", "Model", "Temp"),
+        )
         for card in state.gpus:
-            cards.add_row(
+            cards.add(
                 Text(plain(card.global_gpu_id), style="bold"),
                 Text(plain(card.name)),
                 Text(_memory(card)),
@@ -162,11 +176,14 @@ def render(state: Status) -> RenderableType:
                 Text("–" if card.temperature_c is None else f"{card.temperature_c:.0f} °C"),
                 _holder(card),
             )
-        parts += [cards, Text("")]
+        table, missing = cards.table(width)
+        parts += [table, Text("")]
+        left_out = [*left_out, *missing]
     parts += notes
     parts.append(Text(_totals(state), style="bold"))
-    parts += [Text(line, style="dim") for line in scope_notes({each.scope for each in endpoints})]
-    return Group(*parts)
+    known = {each.scope for each in endpoints if each.last_seen is not None}
+    parts += [Text(line, style="dim") for line in scope_notes(known)]
+    return Group(*parts, *left_out_note(left_out))
 
 
 def scope_notes(scopes: set[str]) -> list[str]:
@@ -176,7 +193,7 @@ def scope_notes(scopes: set[str]) -> list[str]:
             f"Leases hold {SCOPES['process']}: this command does not see those of other processes, "
             "so a GPU that is free here may be held there."
         ]
-    return [f"Leases of scope {scope} hold {SCOPES[scope]}." for scope in sorted(scopes) if scope in SCOPES]
+    return [f"Leases hold {SCOPES[scope]} (scope {scope})." for scope in sorted(scopes) if scope in SCOPES]
 
 
 def _state(each: EndpointStatus) -> Text:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from gpupool_sync.cli._common import (
+    Listing,
     asked_for,
     client_options,
+    left_out_note,
     looking_pool,
     make_console,
-    make_table,
     plain,
+    plural,
     print_json,
     request_options,
+    window_width,
 )
 from gpupool_sync.cli.status import scope_notes
 from gpupool_sync.status import EndpointStatus
@@ -43,17 +47,18 @@ def why(endpoints: str | None, timeout: float | None, as_json: bool, local: bool
         print_json(explanation)
         return 0
     console = make_console()
-    console.print(
-        Text(plain(f"{explanation.free} of {len(explanation.cards)} GPUs are free for {explanation.request}"), "bold")
-    )
+    free = f"{explanation.free} of {plural(len(explanation.cards), 'GPU')} free"
+    console.print(Text(plain(f"{free} for {explanation.request}"), style="bold"))
+    left_out: Sequence[str] = ()
     if explanation.cards:
-        table = make_table("GPU", "Model", "Verdict")
+        cards = Listing(("GPU", "Model", "Verdict"), wrapped={"Verdict": 16}, spare=("Model",))
         for card in explanation.cards:
-            table.add_row(
+            cards.add(
                 Text(plain(card.global_gpu_id), style="bold"),
                 Text(plain(card.name)),
                 Text(plain(card.text), style="green" if card.code == "free" else "yellow"),
             )
+        table, left_out = cards.table(window_width(console))
         console.print(Text(""), table, Text(""), sep="\n")
     for endpoint_id, text in explanation.endpoints.items():
         console.print(Text(plain(f"{endpoint_id}: {text}"), style="red"))
@@ -67,4 +72,6 @@ def why(endpoints: str | None, timeout: float | None, as_json: bool, local: bool
         )
     for line in scope_notes({each.scope for each in endpoints_seen}):
         console.print(Text(line, style="dim"))
+    for note in left_out_note(left_out):
+        console.print(note)
     return 0
