@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes.util
 import http.client
 import json
 import os
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 import attrs
 import pytest
 
-from gpupool_sync import devices, wire
+from gpupool_sync import GPUPool, devices, wire
 from gpupool_sync.clock import boottime
 from gpupool_sync.devices.simulated import SimulatedReader, parse_cards
 from gpupool_sync.errors import ConfigError, GPUPoolError, MissingExtra
@@ -600,6 +601,53 @@ def test_a_port_in_use_ends_the_command(server):
     assert (process.returncode, out) == (1, "")
     assert "Address already in use" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.real
+def test_leases_on_simulated_gpus_outlive_a_killed_server(tmp_path):
+    """Who tries what a crash does sees what real GPUs would do: the next server knows who holds what."""
+    (sock,) = listen("127.0.0.1", 0)
+    port = str(sock.getsockname()[1])
+    sock.close()
+    options, environ = ("--simulate", "2", "--port", port), {"TMPDIR": str(tmp_path)}
+    with contextlib.ExitStack() as ending:
+        with running(*options, environ=environ) as (process, url, _):
+            pool = ending.enter_context(GPUPool(url, name="before", endpoint_timeout=20.0))
+            gpu = pool.acquire(timeout=20)
+            process.kill()
+        with running(*options, environ=environ) as (_, again, _line):
+            assert again == url
+            with GPUPool(url) as other:
+                assert [(lease.gpus, lease.holder) for lease in other.leases().leases] == [
+                    ([gpu.global_gpu_id], str(pool._holder))
+                ]
+                assert other.acquire(timeout=20).uuid != gpu.uuid
+            gpu.check()
+
+
+@pytest.mark.real
+def test_two_simulated_servers_are_two_machines():
+    """On two ports there are twice as many GPUs, also without `--name`."""
+    with contextlib.ExitStack() as ending:
+        urls = []
+        for _ in range(2):
+            (sock,) = listen("127.0.0.1", 0)
+            port = str(sock.getsockname()[1])
+            sock.close()
+            urls.append(ending.enter_context(running("--simulate", "2", "--port", port))[1])
+        with GPUPool(urls) as pool:
+            pool.open(wait=True)
+            assert pool.status().total_gpus == 4
+
+
+@pytest.mark.real
+@pytest.mark.skipif(ctypes.util.find_library("nvidia-ml") is not None, reason="this machine can read GPUs")
+def test_a_server_without_any_gpu_says_so(tmp_path):
+    """It serves, as a driver may come later, but nobody should have to find out elsewhere."""
+    environ = {"PATH": str(tmp_path), "GPU_POOL_LOCK_DIR": str(tmp_path / "locks")}
+    with running(environ=environ) as (process, _, line):
+        assert "(0 GPUs, " in line
+        assert "no GPU is served: " in process.stderr.readline()
 
 
 @pytest.mark.real

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -311,9 +312,36 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
             sampler.start()
             sampler.wait_for_first(FIRST_SAMPLE)
             # They listen already: whoever connects from now on is served.
-            announce(_announcement(options.host, port, sampler, leases))
+            announcement = _announcement(options.host, port, sampler, leases)
+            announce(announcement)
+            if not announcement.gpus:
+                logger.warning(
+                    "no GPU is served: pools that use only this server will grant nothing; nvidia-smi must work here, "
+                    "or --simulate 8xA100 serves GPUs that do not exist"
+                )
             if not server.should_exit:
                 server.run(sockets=sockets)
+
+
+def _simulated_lock_dir(reader: SimulatedReader, port: int, ending: contextlib.ExitStack) -> str:
+    """
+    Cards that do not exist need no place among this machine's locks, but one that the next server finds again: leases
+    survive a restart.  Who serves cards of the same name shares it, as the UUIDs are the same.
+
+    On any port that is free nobody would find the next server: that directory goes with it.
+    """
+    if port == 0:
+        return ending.enter_context(
+            tempfile.TemporaryDirectory(prefix="gpupool-simulated-", ignore_cleanup_errors=True)
+        )
+    digest = reader.host.id.removeprefix("sim-")[:12]
+    path = os.path.join(tempfile.gettempdir(), f"gpupool-simulated-{os.geteuid()}-{digest}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise GPUPoolError(f"{path} is not a directory of this user; --lock-dir names another one")
+    return path
 
 
 def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextlib.ExitStack) -> LeaseAPI | None:
@@ -321,10 +349,7 @@ def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextl
         return None
     lock_dir = options.lock_dir
     if lock_dir is None and isinstance(sampler.reader, SimulatedReader):
-        # Cards that do not exist need no place among this machine's locks.
-        lock_dir = ending.enter_context(
-            tempfile.TemporaryDirectory(prefix="gpupool-simulated-", ignore_cleanup_errors=True)
-        )
+        lock_dir = _simulated_lock_dir(sampler.reader, options.port, ending)
     try:
         return make_leases(sampler, lock_dir, port, container_ok=options.container_ok)
     except GPUPoolError as exc:
