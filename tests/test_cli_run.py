@@ -276,6 +276,24 @@ def test_what_it_waits_for_is_said_once(fleet):
     assert rest.splitlines()[0].startswith("gpupool-sync: got sim:")
 
 
+def test_a_ctrl_z_while_the_command_is_started_is_kept():
+    """It meets this process alone, as the command is not there yet: noted for the command instead of stopping us."""
+    code = (
+        "import os, signal\n"
+        "from gpupool_sync.cli._running import Signals\n"
+        "with Signals(signal.SIGINT) as signals:\n"
+        "    with signals.as_before():\n"
+        "        os.kill(os.getpid(), signal.SIGTSTP)\n"
+        "    event = signals.wait(0)\n"
+        "print(event.number == signal.SIGTSTP, event.by_kernel, signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL)"
+    )
+    with process(sys.executable, "-c", code, text=True) as it:
+        _, status = os.waitpid(it.pid, os.WUNTRACED)
+        assert os.WIFEXITED(status), "it was stopped"
+        it.returncode = os.waitstatus_to_exitcode(status)
+        assert it.stdout.read() == "True False True\n"
+
+
 class Terminal:
     """A process that has a terminal, as in a window."""
 

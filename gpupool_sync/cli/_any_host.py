@@ -186,7 +186,9 @@ def _over_there(order: Order, place: _Place, patience: float | None, program: st
     host = place.machine.name
     if not _HOST.fullmatch(host):
         raise GPUPoolError(f"{place.endpoint_id} says that its machine is called {host!r}, which ssh cannot be told")
-    words = ["--none-free-status", str(NONE_FREE)]
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    # A terminal over there hangs up by itself when ssh is gone.
+    words = ["--none-free-status", str(NONE_FREE), *([] if on_terminal else ["--hang-up"])]
     for name, value in order.terms.request.items():
         if name == "endpoint":
             continue  # of this pool; over there it is that machine
@@ -209,7 +211,6 @@ def _over_there(order: Order, place: _Place, patience: float | None, program: st
     where = os.getcwd() if directory is None else directory
     # *program* is not quoted: it may begin with ~, or be several words.
     line = f"cd {shlex.quote(where)} && exec {program} run {shlex.join([*words, '--', *order.command])}"
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     return [*(["-t"] if on_terminal else []), host, "--", line]
 
 

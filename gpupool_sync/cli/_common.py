@@ -281,7 +281,7 @@ def _silence_explained(pool: GPUPool) -> Iterator[None]:
         yield
         return
     timer = threading.Timer(PATIENCE, tell)
-    timer.daemon = True
+    timer.daemon, timer.name = True, "gpupool-silence"
     timer.start()
     try:
         yield

@@ -93,8 +93,8 @@ class Signals:
         self._set = {*self._wanted, signal.SIGCONT, signal.SIGCHLD}
         self._before = set(signal.pthread_sigmask(signal.SIG_BLOCK, self._set))
         for each in self._wanted:
-            if each != signal.SIGTSTP:
-                self._handlers[each] = signal.signal(each, self._note)
+            # Ctrl-Z, too: it would stop us while the command, which is just being started, runs on.
+            self._handlers[each] = signal.signal(each, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ import attrs
 import click
 
 from gpupool_sync.cli._common import Terms, endpoints_option, lease_options, seconds
+from gpupool_sync.cli._connection import Connection
 from gpupool_sync.cli._running import (
     BY_SIGNAL,
     CANNOT_RUN,
@@ -74,6 +75,7 @@ class Order:
     "--remote-dir", metavar="DIRECTORY", help="Where it runs over there.  [default: the directory of the same name]"
 )
 @click.option("--none-free-status", type=click.IntRange(1, 255), hidden=True)
+@click.option("--hang-up", is_flag=True, hidden=True)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND...")
 def run(
     endpoints: str | None,
@@ -83,6 +85,7 @@ def run(
     remote_program: str,
     remote_dir: str | None,
     none_free_status: int | None,
+    hang_up: bool,
     command: tuple[str, ...],
 ) -> int:
     """
@@ -101,7 +104,10 @@ def run(
                 from gpupool_sync.cli._any_host import run_anywhere
 
                 return run_anywhere(order, endpoints, ssh, remote_program, remote_dir, signals)
-            status = run_here(order, endpoints, signals)
+            connection = Connection()
+            if hang_up:
+                connection.watch()
+            status = run_here(order, endpoints, signals, connection)
     except Interrupted as exc:
         return exc.status
     except AcquireTimeout as exc:
@@ -113,7 +119,7 @@ def run(
     return 1 if status == none_free_status else status
 
 
-def run_here(order: Order, endpoints: str | None, signals: Signals) -> int:
+def run_here(order: Order, endpoints: str | None, signals: Signals, connection: Connection | None = None) -> int:
     """
     Lease, run, give back; returns the exit status.
 
@@ -142,7 +148,7 @@ def run_here(order: Order, endpoints: str | None, signals: Signals) -> int:
                 process = gpu.popen(order.command, pass_fds=order.descriptors)
         except OSError as exc:
             return start_failed(order.command, exc)
-        status = supervise(process, signals, lost)
+        status = supervise(process, signals, lost, connection)
         # From here on Ctrl-C may end even the wait for an arbiter that does not answer.
         signals.end()
         gpu.release()
@@ -167,14 +173,23 @@ class Lost:
         return self._told.pop() if self._told else None
 
 
-def supervise(process: subprocess.Popen[Any], signals: Signals, lost: Lost | None = None) -> int:
+def supervise(
+    process: subprocess.Popen[Any],
+    signals: Signals,
+    lost: Lost | None = None,
+    connection: Connection | None = None,
+) -> int:
     """Pass signals on until the command ends; returns its exit status as shells do."""
-    begun_to_kill = False
+    begun_to_kill = hung_up = False
     kill_at = float("inf")
     state = _State(process)
     while not state.ended():
         event = signals.wait(min(LOOK, kill_at - time.monotonic()))
-        if event is not None:
+        if connection is not None and connection.ended and not hung_up:
+            # As when a terminal is gone: all that was started there is told. Who does not mind SIGHUP, minds SIGKILL.
+            hung_up, kill_at = True, time.monotonic() + (10.0 if lost is None else lost.grace)
+            _hang_up(process)
+        elif event is not None:
             state.pass_on(event)
         if lost is not None and (news := lost.news()) is not None:
             say(f"{news}; " + (f"SIGTERM, and SIGKILL in {lost.grace:g} s" if lost.kill else "the command goes on"))
@@ -189,6 +204,16 @@ def supervise(process: subprocess.Popen[Any], signals: Signals, lost: Lost | Non
     if begun_to_kill:
         return OUR_FAILURE
     return code if code >= 0 else BY_SIGNAL - code
+
+
+def _hang_up(process: subprocess.Popen[Any]) -> None:
+    """SIGHUP to the command, and to all of its group where nobody else is in that."""
+    if os.getpgrp() != os.getpid():
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGCONT)
+        return
+    for number in (signal.SIGHUP, signal.SIGCONT):  # we are in it, too, but have it blocked
+        os.killpg(0, number)
 
 
 class _State:
