@@ -140,8 +140,15 @@ def _canonical_url(text: str) -> tuple[str, tuple[str, str] | None]:
     Raises:
         ValueError: with the reason, which quotes no part of *text* by itself: any may be a mistyped password.
     """
+    if text[:1] in tuple("\"'[({<"):
+        raise ValueError("quotation marks and brackets are no part of a URL; several are separated by commas")
     if any(ch.isspace() or not ch.isprintable() or ch == "\\" for ch in text):
-        raise ValueError("a URL has no spaces, control characters or backslashes")
+        raise ValueError(
+            "a URL has no spaces, control characters or backslashes"
+            + ("; several are separated by commas" if text.count("://") > 1 else "")
+        )
+    if text.count("://") > 1 and ";" in text:
+        raise ValueError("several URLs are separated by commas")
     found = _URL.fullmatch(text)
     if found is None:
         bare = re.sub(r"^(?:https?)?:?/+", "", text, flags=re.IGNORECASE)

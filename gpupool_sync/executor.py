@@ -208,6 +208,9 @@ class GPUExecutor(Executor):
         self._crew.signal(signal.SIGKILL, "by terminate_workers()")
         self._crew.join()
 
+    def __repr__(self) -> str:
+        return f"<GPUExecutor with workers on {', '.join(gpu for gpu, _ in self.workers) or 'no GPU yet'}>"
+
     @property
     def workers(self) -> list[tuple[str, int]]:
         """Global GPU id and process id of each worker that runs."""

@@ -6,10 +6,11 @@ them.  A kernel that ends gives its GPUs back by itself.
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpupool_sync import cuda
@@ -74,7 +75,9 @@ class NotebookGPU:
             GPUPoolError: what `GPUPool.acquire` and `GPU.activate` raise.
         """
         try:
-            given: dict[str, Any] = dict(vars(self._parser.parse_args(shlex.split(line))))
+            words = shlex.split(line)
+            self._check(words)
+            given: dict[str, Any] = dict(vars(self._parser.parse_args(words)))
         except ValueError as exc:  # a quotation mark without its pair
             raise UsageError(f"%gpu {line}: {exc}") from None
         except SystemExit:  # --help: it has been printed
@@ -89,6 +92,27 @@ class NotebookGPU:
             return self.status()
         self.release()
         return None
+
+    def _check(self, words: Sequence[str]) -> None:
+        """Name what is mistyped: argparse would complain of the value behind it, as an action that it does not know."""
+        options = self._parser._option_string_actions
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in options):
+                meant = difflib.get_close_matches(name, options, 1)
+                raise UsageError(f"%gpu has no option {name}" + (f"; {meant[0]} may be meant" if meant else ""))
+        values = 0  # of the option before
+        for word in words:
+            if word.startswith("-"):
+                takes_none = "=" in word or getattr(options.get(word), "nargs", None) == 0
+                values = 0 if takes_none else 1
+            elif values:
+                values -= 1
+            elif word not in _ACTIONS:
+                raise UsageError(
+                    f"%gpu: {word!r} is none of {', '.join(_ACTIONS)}; a value with spaces needs quotation marks, "
+                    'such as --model "RTX 4090"'
+                )
 
     def acquire(self, request: dict[str, Any], timeout: float | None) -> GPU | GPUs:
         """The GPU that this notebook has, or a new one, activated."""

@@ -101,6 +101,7 @@ def test_one_task_after_the_other_needs_one_gpu(pool):
         assert done.wait(LONG)
         seen += [executor.submit(jobs.what_i_see).result(LONG) for _ in range(10)]
         assert len(executor.workers) == 1
+        assert repr(executor) == f"<GPUExecutor with workers on {executor.workers[0][0]}>"
     assert len(set(seen)) == 1
 
 

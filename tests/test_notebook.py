@@ -87,6 +87,27 @@ def test_gpu_is_acquired_activated_and_released(kernel, pool):
     assert "holds no GPU" in kernel.run("%gpu status").text
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--modle A100", "no option --modle; --model may be meant"),
+        ("--model RTX 4090", "'4090' is none of acquire, release, status; a value with spaces needs quotation marks"),
+        ("relase", "'relase' is none of acquire, release, status"),
+        ("--timeout 5s", "invalid float value: '5s'"),
+        ("status --busy-ok", "status takes no options"),
+    ],
+)
+def test_a_mistyped_line_says_what_is_wrong(line, words):
+    """Not what a parser makes of it."""
+    from IPython.core.error import UsageError
+
+    from gpupool_sync.notebook import NotebookGPU
+
+    with pytest.raises(UsageError) as caught:
+        NotebookGPU(print).magic(line)
+    assert words in str(caught.value)
+
+
 def test_a_cell_that_is_run_again_gets_what_the_notebook_has(kernel, pool):
     """It says so, and never waits for itself."""
     assert kernel.run("%gpu --model a100").ok
