@@ -186,9 +186,12 @@ def _explain_to_waiter(state: PoolState, request: GPURequest) -> Explanation:
 
 def _tell_long_wait(state: PoolState, engine: Engine, request: GPURequest) -> None:
     """Waiting for GPUs that are in use is normal; waiting for servers none of which answers deserves a word."""
-    if not any(endpoint.numbers().healthy for endpoint in engine.endpoints.values()):
-        lines = "; ".join(f"{name} {text}" for name, text in list(explain(state, request).endpoints.items())[:5])
-        logger.warning("still waiting for %s, and no endpoint answers: %s", describe(request), lines or "none is left")
+    numbers = {endpoint.id: endpoint.numbers() for endpoint in list(engine.endpoints.values())}
+    if any(each.healthy for each in numbers.values()):
+        return
+    why = explain(state, request).endpoints
+    lines = "; ".join(f"{name} {why.get(name) or f'failed: {of.last_error}'}" for name, of in list(numbers.items())[:5])
+    logger.warning("still waiting for %s, and no endpoint answers: %s", describe(request), lines or "there is none")
 
 
 def _timed_out(state: PoolState, grant: Grant, request: GPURequest) -> AcquireTimeout:
@@ -230,8 +233,9 @@ def _require_possible(state: PoolState, engine: Engine, request: GPURequest) -> 
     )
     if engine.inherited is not None:
         where = f"\n  {engine.inherited.advice()}"
-    text = f"no GPU of this pool can ever satisfy {explanation.request}:\n{lines}{where}{_why_bound(request)}"
-    raise NoSuchGPU(text.rstrip())
+    lines = f"\n{lines}" if lines else ""
+    text = f"no GPU of this pool can ever satisfy {explanation.request}:{lines}{where}{_why_bound(request)}"
+    raise NoSuchGPU(text.rstrip().rstrip(":"))
 
 
 def _warn_of_unknown(state: PoolState, engine: Engine, names: Sequence[str]) -> None:
@@ -363,8 +367,9 @@ def _claim(
         state.counters.add("store_errors")
         if anew and isinstance(exc, NotAsked):
             grant.asked.remove(store)
-        # Waiters come here each second; that the server wants patience was told with its answer.
-        level = logging.INFO if isinstance(exc, NotAsked) else logging.WARNING
+        # Waiters come here each second: once is enough; that the server wants patience was told with its answer.
+        told = isinstance(exc, NotAsked) or id(store) in grant.problems
+        level = logging.INFO if told else logging.WARNING
         logger.log(level, "no lease from %s: %s", store.description, exc)
         grant.problems[id(store)] = f"no lease from {store.description}: {exc}"
         return False

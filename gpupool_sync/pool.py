@@ -250,7 +250,8 @@ class GPUPool:
         where = ", ".join(names) or "no endpoints"
         more = f" and {len(configs) - 5} more" if len(configs) > 5 else ""
         life = "closed" if state.closed else "open" if engine is not None else "not opened yet"
-        return f"<GPUPool of {where}{more}, {life}, {sum(1 for g in state.grants.values() if g.lease)} leases held>"
+        held = sum(1 for grant in state.grants.values() if grant.lease)
+        return f"<GPUPool of {where}{more}, {life}, {held} {'lease' if held == 1 else 'leases'} held>"
 
     def _repr_html_(self) -> str:
         from gpupool_sync.display import pool_html

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gpupool_sync import waiting
+from gpupool_sync import GPUPool, waiting
 from gpupool_sync.errors import LeaseStoreError
+from gpupool_sync.testing import FakeFleet
 from gpupool_sync.waiting import Listener, Waiter, WaitingRoom
 from helpers import eventually
 
@@ -54,3 +56,27 @@ def test_an_arbiter_that_is_gone_is_told_once(monkeypatch, told):
     finally:
         room.leave(waiter)
         eventually(lambda: listener._thread is None, 20)
+
+
+@pytest.mark.real
+def test_who_waits_is_told_once_that_the_server_is_gone(monkeypatch, caplog):
+    """Asked again and again, as it may come back; on the screen it is news once."""
+    caplog.set_level(logging.INFO, logger="gpupool_sync")
+    monkeypatch.setattr(waiting, "RECHECK", 0.02)
+
+    def refusals(level):
+        return sum(record.levelno >= level and "no lease from" in record.getMessage() for record in caplog.records)
+
+    with FakeFleet([1]) as fleet, GPUPool(fleet.urls, poll_interval=0.2) as pool:
+        held = pool.acquire(timeout=30)
+        with ThreadPoolExecutor(1) as threads:
+            waits = threads.submit(pool.acquire, timeout=50)
+            try:
+                eventually(lambda: pool.stats()["waiting"] == 1, 20)
+                fleet[0].kill()
+                eventually(lambda: refusals(logging.INFO) >= 5, 30)
+                assert refusals(logging.WARNING) == 1
+            finally:
+                fleet[0].restart()
+                held.release()
+            waits.result(50).release()

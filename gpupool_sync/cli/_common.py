@@ -270,11 +270,11 @@ def _silence_explained(pool: GPUPool) -> Iterator[None]:
     """One hung server holds the answer up for the whole of its timeout: after a while that is told, on a terminal."""
 
     def tell() -> None:
-        engine = pool._engine
+        engine = pool._state.engine
         numbers = {} if engine is None else {each.id: each.numbers() for each in list(engine.endpoints.values())}
         silent = [name for name, of in numbers.items() if of.last_seen is None and not of.consecutive_failures]
         names = ", ".join(map(plain, silent[:3])) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-        longest = pool._settings.endpoint_timeout
+        longest = pool._state.settings.endpoint_timeout
         click.echo(f"no answer yet from {names or 'anybody'}; waiting for up to {longest:g} s (--timeout)", err=True)
 
     if not sys.stderr.isatty():
