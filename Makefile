@@ -21,11 +21,12 @@ BENCH_SYSTEM_PACKAGES ?= redis-server
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-full soak lint clean
+.PHONY: help demo test test-nightly bench bench-full soak lint clean
 
 help:
 	@echo "make demo    simulated servers and workers, one of each killed and its GPUs taken back; DEMO_ARGS=--json for programs"
 	@echo "make test    the tests; TEST_ARGS goes to pytest"
+	@echo "make test-nightly   ten thousand cases of every property, and long random histories; some half an hour"
 	@echo "make lint    ruff, mypy and the import contract"
 	@echo "make bench   the benchmarks and their targets, under ten minutes; BENCH_ARGS goes to them"
 	@echo "make bench-full   the same with more rounds, half an hour"
@@ -39,6 +40,11 @@ demo: $(VENV)/.demo-installed
 test: $(VENV)/.dev-installed
 	@.ci/system-packages $(TEST_SYSTEM_PACKAGES)
 	@$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+# Of each property how many cases were tried is in the statistics at the end.
+test-nightly: $(VENV)/.dev-installed
+	@HYPOTHESIS_PROFILE=nightly $(BIN)/pytest -n $(TEST_WORKERS) -m hypothesis --timeout 7200 --hypothesis-show-statistics \
+		$(TEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

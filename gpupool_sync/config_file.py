@@ -48,6 +48,8 @@ def read(path: str, variable: str) -> ConfigFile:
         problem = f"cannot be read: {exc.strerror or exc}"
     except ValueError as exc:
         problem = f"not TOML: {exc}"
+    except RecursionError:
+        problem = "not TOML: nested too deeply"
     if problem is not None:
         raise ConfigError(f"{variable}={path!r}: {problem}")
     return ConfigFile(path, values, public)

@@ -153,6 +153,9 @@ class HTTPStore:
     def _granted(self, claim: Claim, told: documents.GrantDocument, sent: float) -> Lease:
         if len(told.cards) != claim.count:
             raise BadDocument(f"{len(told.cards)} cards were granted and {claim.count} asked for")
+        if not any({wanted.key for wanted in group}.issuperset(told.cards) for group in claim.groups):
+            # Somebody else's card, or cards of two hosts: nobody may compute on what was not asked for.
+            raise BadDocument("other cards were granted than asked for")
         now = self._clock()
         lease = Lease(
             id=claim.id,
@@ -188,7 +191,8 @@ class HTTPStore:
             if self._closed_cards:
                 for key in asked:
                     self._closed_cards.pop(key, None)
-            self._closed_cards.update(dict.fromkeys(closed, now))
+            # Of others nothing was asked, so nothing is kept.
+            self._closed_cards.update(dict.fromkeys(set(closed).intersection(asked), now))
             for key in asked:
                 if others := self._others_locked(key, told.get(key, ())):
                     self._hearsay[key] = (now, others)
