@@ -574,7 +574,7 @@ def test_two_hundred_waiters_need_no_threads(url, clock, stores):
 
 def test_too_many_waiters_are_turned_away(url, monkeypatch):
     """With 503 and Retry-After, not by falling over."""
-    monkeypatch.setattr(server_leases, "MAX_WAITERS", 1)
+    monkeypatch.setattr(api_now(), "most_waiters", 1)
     connection = poll(url, "first")
     eventually(lambda: api_now()._number == 1, message="it waits")
     status, headers, document = ask(url, "POST", "/v1/wait", {"holder": "second", "timeout": 25})

@@ -662,6 +662,8 @@ class LeaseAPI:
         self.offer = LeaseOffer(1, lock_dir, granter.store.directory_id)
         #: Whether the server is about to end; long polls then end too.
         self.stopping: Callable[[], bool] = stopping or (lambda: False)
+        #: Long polls at the same time.
+        self.most_waiters = MAX_WAITERS
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="gpupool-leases")
         self._loop: asyncio.AbstractEventLoop | None = None
         # What follows is touched on the event loop's thread only.
@@ -840,8 +842,8 @@ class LeaseAPI:
 
     async def _wait(self, fields: Mapping[str, Any], receive: Receive) -> Answer:
         holders, timeout = documents.read_wait(fields)
-        if self._number >= MAX_WAITERS:
-            return _busy(f"{MAX_WAITERS} wait here already")
+        if self._number >= self.most_waiters:
+            return _busy(f"{self.most_waiters} wait here already")
         hints = self._take_hints(holders)
         self.granter.wait_begins(holders)
         try:
@@ -896,7 +898,7 @@ async def _read(headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> dic
     announced = fields.get(b"content-length", b"0")
     if not announced.isdigit() or int(announced[:20]) > MAX_BODY:
         raise too_large
-    body = b""
+    body = bytearray()  # what comes byte by byte is not copied for each of them
     more = True
     while more:
         message = await receive()
@@ -906,7 +908,7 @@ async def _read(headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> dic
         more = message.get("more_body", False)
         if len(body) > MAX_BODY:
             raise too_large
-    return wire.load_document(body)
+    return wire.load_document(bytes(body))
 
 
 def _answer(status: int, document: object, *more: tuple[bytes, bytes]) -> Answer:

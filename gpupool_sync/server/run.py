@@ -23,6 +23,7 @@ from gpupool_sync.devices.simulated import SimulatedReader
 from gpupool_sync.errors import ConfigError, GPUPoolError
 from gpupool_sync.server import require_extra
 from gpupool_sync.server.asgi import METRICS_PATH, App, Front
+from gpupool_sync.server.connections import ACCEPTED_AT_ONCE, KEEP_ALIVE, MAX_HEAD, Connections, allowed_connections
 from gpupool_sync.server.metrics import SUMMARY as METRICS_SUMMARY
 from gpupool_sync.server.metrics import Metrics
 from gpupool_sync.server.pages import Pages
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-#: Seconds that an idle connection is kept. Longer than pools let pass between two polls by default: a server that
-#: closes first makes a client's next request fail.
-KEEP_ALIVE = 75
 #: Seconds that requests under way get to end when the server stops.
 GRACE = 1
 #: Seconds that the announcement waits for the first readings.
@@ -231,21 +229,26 @@ def make_leases(sampler: Sampler, lock_dir: str | None, port: int, *, container_
     return leases
 
 
-def make_server(app: App, *, access_log: bool = False) -> uvicorn.Server:
+def make_server(app: App, *, access_log: bool = False, connections: Connections | None = None) -> uvicorn.Server:
     """uvicorn, set up for many small answers over few connections."""
     require_extra("server", "fastapi", "uvicorn")
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+    connections = Connections() if connections is None else connections
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            http=connections.bound(AutoHTTPProtocol),
+            h11_max_incomplete_event_size=MAX_HEAD,
             lifespan="off",
             ws="none",
             log_config=None,
             access_log=access_log,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE,
+            backlog=ACCEPTED_AT_ONCE,
+            timeout_keep_alive=int(KEEP_ALIVE),
             timeout_graceful_shutdown=GRACE,
         )
     )
@@ -303,8 +306,13 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
         port = int(sockets[0].getsockname()[1])
         config = {"host": options.host, "port": port, "log_level": options.log_level}
         leases = _open_leases(sampler, options, port, ending)
-        server = make_server(make_front(sampler, config, leases), access_log=options.log_level == "debug")
+        connections = Connections(allowed_connections())
+        server = make_server(
+            make_front(sampler, config, leases), access_log=options.log_level == "debug", connections=connections
+        )
         if leases is not None:
+            # Who only waits must leave connections to the others.
+            leases.most_waiters = min(leases.most_waiters, connections.most // 2)
             leases.stopping = lambda: server.should_exit
             leases.start()
             ending.callback(leases.close)
