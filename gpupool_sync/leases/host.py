@@ -1035,7 +1035,7 @@ class HostStore:
                 if file.fd < 0:
                     continue
                 # Nothing that goes wrong with a record may keep the card.
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, MemoryError):
                     if given_back and held.written and held.lease.share is None:
                         # The same but for this; quotes inside of strings are escaped, so nothing else looks like it.
                         released = held.written[index].replace(_HELD, f'"released_at":{now!r}'.encode(), 1)

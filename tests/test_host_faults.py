@@ -1,0 +1,374 @@
+"""A host that fails: no descriptors, no memory, a wall clock that jumps, a process that stands still, many pools.
+
+Full and read-only file systems, deleted lock directories and stopped holders are in test_host_processes.py and
+test_deleted_locks.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import psutil
+import pytest
+
+from cards import Cards, local_pool
+from gpupool_sync import AcquireTimeout, GPUPool, GPUPoolError, LeaseStoreError
+from gpupool_sync.leases.base import Claim, Granted, Holder, Wanted
+from gpupool_sync.leases.host import HostStore
+from gpupool_sync.testing import FakeFleet
+from helpers import eventually
+
+
+def claim(claim_id: str, *keys: str) -> Claim:
+    return Claim(claim_id, Holder(f"holder of {claim_id}", None, "user", "host", 1), (tuple(map(Wanted, keys)),))
+
+
+def descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def in_a_child(
+    program: str, *arguments: str, command: tuple[str, ...] = (), timeout: float = 50.0, **environ: str
+) -> dict:
+    """What *program* prints as its last line, as JSON; it may use the modules beside this one."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(
+        [*command, sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), **environ},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- descriptors --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def starved(monkeypatch):
+    """A function that takes so many descriptors that only a number of them is left, and gives them back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def starve(left: int) -> None:
+        feed()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        while True:
+            try:
+                taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError:
+                break
+        for _ in range(left):
+            os.close(taken.pop())
+
+    def feed() -> None:
+        while taken:
+            os.close(taken.pop())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    starve.feed = feed  # type: ignore[attr-defined]
+    yield starve
+    feed()
+
+
+def test_without_descriptors_the_hosts_leases_fail_and_come_back(monkeypatch, tmp_path, starved):
+    """However few are left, a claim succeeds or fails with an error of ours, leaks nothing, and later succeeds."""
+    with local_pool(monkeypatch, Cards(3), lease_store=HostStore(str(tmp_path / "locks"))) as pool:
+        with pool.gpus(3, timeout=10):
+            pass
+        outcomes: dict[int, str] = {}
+        open_after: list[int] = []
+        for _ in range(3):  # in the first round, files may be opened that stay open
+            for left in range(12):
+                starved(left)
+                try:
+                    with pool.gpus(2, timeout=0.05):
+                        outcomes[left] = "granted"
+                except GPUPoolError as exc:
+                    outcomes[left] = type(exc).__name__
+                finally:
+                    starved.feed()
+                with pool.gpus(3, timeout=10) as gpus:
+                    assert len(gpus) == 3
+            open_after.append(len(descriptors()))
+        assert outcomes[11] == "granted"
+        assert open_after[1] >= open_after[2]
+
+
+def test_a_claim_without_descriptors_is_an_error_of_ours(tmp_path, starved):
+    """And leaves neither a lock nor a descriptor behind."""
+    store = HostStore(str(tmp_path / "locks"))
+    before = descriptors()
+    starved(0)
+    try:
+        with pytest.raises(LeaseStoreError, match="Too many open files"):
+            store.claim(claim("id-1", "a"))
+    finally:
+        starved.feed()
+    assert descriptors() == before
+    assert isinstance(store.claim(claim("id-2", "a")), Granted)
+    store.close()
+
+
+@pytest.mark.real
+def test_without_descriptors_servers_are_down_and_come_back(starved):
+    """A pool that cannot open a connection says so; when it can again, the servers are there again."""
+    with FakeFleet([1]) as fleet:
+        for _ in range(2):  # the first has everything imported
+            before = descriptors()
+            with GPUPool(fleet.urls, poll_interval=0.1, health_check_interval=0.2, endpoint_timeout=1.0) as pool:
+                pool.refresh(timeout=20)
+        with GPUPool(fleet.urls, poll_interval=0.1, health_check_interval=0.2, endpoint_timeout=1.0) as pool:
+            starved(0)
+            try:
+                with pytest.raises(AcquireTimeout) as caught, pool.gpu(timeout=0.3):
+                    pass
+            finally:
+                starved.feed()
+            assert "Too many open files" in str(caught.value)
+            with pool.gpu(timeout=30) as gpu:
+                assert gpu.url == fleet.urls[0]
+        eventually(lambda: len(descriptors()) <= len(before), message="nothing is left open")
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_without_memory_nothing_is_lost(tmp_path):
+    """Where memory runs out, a call fails with MemoryError or an error of ours; leases stay, and the pool goes on."""
+    told = in_a_child(
+        """
+        import json, resource, sys
+        from gpupool_sync import GPUPoolError, devices
+        from cards import Cards, HERE
+        from gpupool_sync import GPUPool
+        from gpupool_sync.leases.host import HostStore
+
+        cards = Cards(4)
+        devices.open_reader, devices.host_identity = (lambda: cards), (lambda: HERE)
+        with GPUPool(lease_store=HostStore(sys.argv[1]), poll_interval=0.05) as pool:
+            mine = pool.acquire(timeout=10)
+            with pool.gpu(timeout=10):
+                pass
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+            hoard, outcomes = [], [None] * 60
+            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            for size in (1 << 20, 1 << 16, 1 << 12, 1 << 9):
+                try:
+                    while True:
+                        hoard.append(bytearray(size))
+                except MemoryError:
+                    pass
+            for number in range(len(outcomes)):
+                try:
+                    try:
+                        gpu = pool.acquire(timeout=0)
+                        outcomes[number] = "granted"
+                        pool.release(gpu)
+                    except MemoryError:
+                        outcomes[number] = "MemoryError"
+                    except GPUPoolError:
+                        outcomes[number] = "GPUPoolError"
+                except MemoryError:  # of these lines
+                    pass
+                if number % 4 == 0 and hoard:
+                    hoard.pop()  # a little more room than before
+            hoard.clear()
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            lost = mine.lost
+            gpus = pool.acquire(timeout=10, count=3)  # all but mine
+            held = sorted({name for lease in pool.leases().leases for name in lease.gpus})
+            pool.release(gpus)
+        told = {"lost": lost, "granted": len(gpus), "held": held, "outcomes": sorted(map(str, set(outcomes)))}
+        print(json.dumps(told))
+        """,
+        str(tmp_path / "locks"),
+    )
+    assert told["lost"] is False
+    assert told["granted"] == 3
+    assert len(told["held"]) == 4
+    assert set(told["outcomes"]) & {"MemoryError", "GPUPoolError", "None"}
+
+
+def test_a_record_that_there_is_no_memory_for_keeps_no_card(monkeypatch, tmp_path):
+    """What a lock file says is for people; that it cannot be written must not keep the card locked."""
+    one, two = (HostStore(str(tmp_path / "locks")) for _ in range(2))
+
+    def no_memory(*args):
+        raise MemoryError
+
+    assert isinstance(one.claim(claim("id-1", "a")), Granted)
+    with monkeypatch.context() as patch:
+        patch.setattr("gpupool_sync.leases.host._padded", no_memory)
+        one.release(["id-1"])
+    assert isinstance(two.claim(claim("id-2", "a")), Granted)
+    one.close()
+    two.close()
+
+
+# -- clocks -------------------------------------------------------------------------------------------------------
+
+FAKETIME = shutil.which("faketime")
+JUMPS = {"a day ahead": 86400.0, "a day back": -86400.0}
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_wall_clock_that_jumps_ends_no_lease_and_prolongs_none(monkeypatch, tmp_path, jump):
+    """Leases, tickets and readings count by a clock that nobody sets; fencing tokens grow all the same."""
+    real = time.time
+    with FakeFleet([1]) as fleet, GPUPool(fleet.urls, ttl=1.0, poll_interval=0.2) as pool:
+        gpu = pool.acquire(timeout=20)
+        token = gpu.fencing_token
+        monkeypatch.setattr(time, "time", lambda: real() + JUMPS[jump])
+        # Renewed twice and more since.
+        eventually(lambda: pool.leases().leases[0].since > 2.5, 20.0, "time passes", tick=0.1)
+        assert not gpu.lost
+        gpu.check()
+        with pytest.raises(AcquireTimeout):
+            pool.acquire(timeout=0.1)
+        pool.release(gpu)
+        again = pool.acquire(timeout=20)
+        assert again.fencing_token > token
+        pool.release(again)
+
+
+@pytest.mark.external_service
+@pytest.mark.skipif(FAKETIME is None, reason="faketime is not installed")
+@pytest.mark.parametrize("offset", ["+1d", "-1d"])
+def test_processes_of_different_dates_share_a_host(tmp_path, offset):
+    """A process that lives in another day takes its turn: it is refused what is held, and its tokens are larger."""
+    store = HostStore(str(tmp_path / "locks"))
+    program = """
+        import json, sys, time
+        from gpupool_sync.leases.base import Claim, Granted, Holder, Wanted
+        from gpupool_sync.leases.host import HostStore
+        from gpupool_sync.clock import boottime
+
+        store = HostStore(sys.argv[1])
+        wish = Claim("id-2", Holder("h2", None, "u", "h", 1), ((Wanted("a"), Wanted("b")),), 1)
+        outcome = store.claim(wish)
+        held = [(info.cards[0], info.since) for info in store.leases()]
+        token = outcome.lease.token if isinstance(outcome, Granted) else None
+        key = outcome.lease.cards[0] if isinstance(outcome, Granted) else None
+        print(json.dumps({"key": key, "token": token, "held": held, "time": time.time(), "boot": boottime()}))
+    """
+    first = store.claim(claim("id-1", "a"))
+    assert isinstance(first, Granted)
+    # The boot-time clock is left alone, as setting the date leaves it alone.
+    told = in_a_child(
+        program,
+        store.path,
+        "2",
+        command=(FAKETIME, "-f", offset),
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+        DONT_FAKE_MONOTONIC="1",
+    )
+    assert abs(told["time"] - time.time()) > 80_000
+    assert told["key"] == "b"
+    since = dict(told["held"])["a"]
+    assert 0.0 <= since < 50.0
+    second = store.claim(claim("id-3", "b"))
+    assert isinstance(second, Granted)
+    assert second.lease.token > told["token"]
+    store.release(["id-1", "id-3"])
+    store.close()
+
+
+# -- a process that stands still -----------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_a_client_that_was_suspended_beyond_its_ttl_knows_that_it_lost(tmp_path):
+    """Its GPU has gone to somebody else meanwhile; the first look after it wakes tells it so."""
+    with FakeFleet([1]) as fleet:
+        program = """
+            import sys
+            from gpupool_sync import GPUPool
+            with GPUPool(sys.argv[1], ttl=1.0, poll_interval=0.2) as pool:
+                gpu = pool.acquire(timeout=30)
+                print("holds", gpu.fencing_token, flush=True)
+                sys.stdin.readline()
+                print("lost" if gpu.lost else "has it", flush=True)
+        """
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), fleet.urls[0]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            token = int(child.stdout.readline().split()[1])
+            child.send_signal(signal.SIGSTOP)
+            with GPUPool(fleet.urls, poll_interval=0.2) as pool, pool.gpu(timeout=50, busy_ok=True) as gpu:
+                assert gpu.fencing_token > token
+                child.send_signal(signal.SIGCONT)
+                child.stdin.write("\n")
+                child.stdin.flush()
+                assert child.stdout.readline() == "lost\n"
+        finally:
+            child.kill()
+            child.wait(30)
+            child.stdin.close()
+            child.stdout.close()
+
+
+# -- many pools ---------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_pools_leave_nothing(monkeypatch, tmp_path):
+    """Threads, descriptors and lock files are back to where they were, and memory hardly grows."""
+    process = psutil.Process()
+
+    def use(number: int) -> None:
+        store = HostStore(str(tmp_path / "locks")) if number % 2 else None
+        options = {} if store is None else {"lease_store": store}
+        with local_pool(monkeypatch, Cards(2), **options) as pool, pool.gpu(timeout=20):
+            pass
+        if store is not None:
+            store.close()
+
+    for number in range(20):
+        use(number)
+    gc.collect()
+    threads, files, rss = threading.active_count(), len(descriptors()), process.memory_info().rss
+    listing = sorted(path.name for path in (tmp_path / "locks").rglob("*"))
+    for number in range(1000):
+        use(number)
+    gc.collect()
+    eventually(lambda: threading.active_count() <= threads, message="the threads have ended")
+    assert len(descriptors()) <= files
+    assert sorted(path.name for path in (tmp_path / "locks").rglob("*")) == listing
+    assert process.memory_info().rss < rss + (32 << 20)
+
+
+@pytest.mark.real
+def test_pools_of_servers_leave_no_connection():
+    """Neither here nor at the servers."""
+    with FakeFleet([1, 1]) as fleet:
+        gc.collect()
+        threads, files = threading.active_count(), len(descriptors())
+        there = psutil.Process(fleet[0].pid)
+        for _ in range(40):
+            with GPUPool(fleet.urls, poll_interval=5.0) as pool, pool.gpu(timeout=20):
+                pass
+        gc.collect()
+        eventually(lambda: threading.active_count() <= threads, message="the threads have ended")
+        assert len(descriptors()) <= files
+        eventually(
+            lambda: not [each for each in there.net_connections("tcp") if each.status == psutil.CONN_ESTABLISHED],
+            message="the server has no connections left",
+        )
