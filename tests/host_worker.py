@@ -7,6 +7,7 @@ its cards are invented, its locks are real.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -59,6 +60,9 @@ def main() -> None:
                     with pool.gpu(timeout=50) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
                         pass
                 say(rounds=rounds, waits=pool.stats()["queued"])
+            elif command == "no-collector":
+                gc.disable()
+                say(collecting=gc.isenabled())
             elif command == "leases":
                 say(leases=[[list(info.cards), info.holder.name] for info in pool._state.engine.arbiter.leases()])
             else:

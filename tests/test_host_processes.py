@@ -541,3 +541,39 @@ def test_threads_of_many_stores_never_share_a_card(tmp_path):
         store.close()
     assert log.holds()
     assert log.overlaps() == []
+
+
+def test_a_share_that_was_never_written_down_does_not_count(workers, directory):
+    """Its holder was killed after it made the file: those who wait for shares do not wait for it for ever."""
+    whole, one, two = workers("whole"), workers("one"), workers("two")
+    key = whole.ask("acquire 20")["cards"][0]
+    for number, sharer in enumerate((one, two), 1):
+        sharer.tell("share 30 40000")
+        queued(directory, number)
+    left = directory / f"{host._file_name(key)}.share-{'0' * 24}"
+    left.touch()
+    whole.ask("release")
+    assert "cards" in one.answer()
+    assert "cards" in two.answer()
+    assert not left.exists()
+
+
+@as_root
+def test_a_full_file_system_takes_no_share_along(workers, directory):
+    """A share that could not be written down is neither held nor counted when there is room again."""
+    tiny = namespace("--mount", "--propagation", "private", setup=f"mount -t tmpfs -o size=64k,mode=1777 x {directory}")
+    one = workers("one", prefix=tiny)
+    inside = Path(f"/proc/{one.process.pid}/root{directory}")
+    assert "cards" in one.ask("acquire 20")
+    one.ask("release")
+    assert one.ask("no-collector") == {"collecting": False}  # what is held only for as long as an error is kept counts
+    with contextlib.suppress(OSError), (inside / "filling").open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    # The names of its files fit into what there is, their contents do not.
+    assert "is on a file system that is full" in one.ask("share 1 40000")["timeout"]
+    open_files = [os.readlink(each) for each in Path(f"/proc/{one.process.pid}/fd").iterdir()]
+    assert not [name for name in open_files if ".share-" in name]
+    (inside / "filling").unlink()
+    for _ in range(2):
+        assert "cards" in one.ask("share 20 40000")

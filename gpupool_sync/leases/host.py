@@ -605,6 +605,8 @@ class HostStore:
             if picked is None:
                 if claim.count > 1 and self._find_ended(claim, looked):
                     continue
+                if claim.share is not None and self._find_ended_shares(claim, fits):
+                    continue
                 break
             cards = [wanted for group in claim.groups for wanted in group if wanted.key in picked]
             granted = self._lock_some(claim, cards, cards)
@@ -629,6 +631,30 @@ class HostStore:
             if self._ended_without_a_word(key, record):
                 del looked[key]  # looked at again
                 found = True
+        return found
+
+    def _find_ended_shares(self, claim: Claim, fits: Callable[..., bool]) -> bool:
+        """
+        Remove the files of dead sharers, which would count for ever where nobody but sharers comes; whether there were.
+
+        One that died before its record was written, on a full file system say, left no other trace than its file.
+        """
+        found = False
+        for key in {wanted.key for group in claim.groups for wanted in group if not fits(wanted, claim.share, ())}:
+            name = _file_name(key)
+            checked = self._checked.get(f"{name}.share-")
+            if (checked is not None and self._clock() - checked < RECORD_TIME) or not self._shares_by_record(key):
+                continue
+            self._checked[f"{name}.share-"] = self._clock()
+            with contextlib.suppress(OSError, LeaseStoreError):
+                guard, _ = self._directory.open_shared_file(f"{name}.guard", self._directory.fd)
+                try:
+                    # Whoever has the guard is counting them just now.
+                    if _take(guard, fcntl.LOCK_EX):
+                        before = len(self._shares_by_record(key))
+                        found |= len(self._live_shares(name)) < before
+                finally:
+                    guard.unlock()
         return found
 
     def _take_over(self, claim: Claim, names: Sequence[str], looked: Mapping[str, bool], now: float) -> _Held | None:
@@ -786,14 +812,20 @@ class HostStore:
             ):
                 card.unlock()
                 return None
+            locked = [card]
             try:
                 file, _ = self._directory.open_shared_file(own, self._directory.fd)
+                locked.append(file)
                 if not _take(file, fcntl.LOCK_EX):
                     card.unlock()
                     return None
                 self._write(file, {"share": {"memory_mb": share.memory_mb, "places": share.places}})
             except BaseException:
-                card.unlock()  # as in `_lock_some`
+                if len(locked) > 1:  # it has no record yet, and would count as a share of unknown size
+                    with contextlib.suppress(OSError):
+                        os.unlink(own, dir_fd=self._directory.fd)
+                for each in locked:  # as in `_lock_some`
+                    each.unlock()
                 raise
             return [(card, name), (file, own)]
         finally:
