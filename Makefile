@@ -31,6 +31,7 @@ help:
 	@echo "make bench   the benchmarks and their targets, under ten minutes; BENCH_ARGS goes to them"
 	@echo "make bench-full   the same with more rounds, half an hour"
 	@echo "make soak    ten minutes of chaos among processes; SOAK_ARGS=\"--store server\" or redis, see --help"
+	@echo "             everything at once for an hour: SOAK_ARGS=\"--store all --at-once --full-disk --seconds 3600\""
 	@echo "make clean   remove .venv and everything built"
 	@echo "PYTHON=$(PYTHON) makes the virtual environment; 3.10 or later"
 

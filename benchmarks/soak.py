@@ -16,6 +16,7 @@ import argparse
 import bisect
 import collections
 import contextlib
+import errno
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ RECOVERY = 3.0
 OUTAGES = 10.0
 #: What makes it unreachable: each kind has its turn.
 OUTAGES_OF = ("kill arbiter", "freeze arbiter", "one-way", "blackhole")
+#: The one more where its files have a disk of their own.
+DISK_FULL = "disk full"
+#: Bytes of such a disk: room for the log of a Redis that is rewritten now and then.
+DISK = 256 * 1024 * 1024
+#: Set where the process has a mount namespace of its own: its mounts go when it goes, however it ends.
+UNSHARED = "SOAK_UNSHARED"
 #: Seconds that an `acquire` of a worker waits at most.
 ACQUIRE = 20.0
 #: Seconds after which a forked child has ended, one way or another.
@@ -607,12 +614,19 @@ class Arbiter:
     #: Whether it can be killed and frozen.
     mortal = False
 
-    def __init__(self, directory: Path, cards: int) -> None:
+    def __init__(self, directory: Path, cards: int, disk: Disk | None = None) -> None:
         #: Between the workers and what they need of it.
         self.proxies: list[FaultProxy] = []
         self.settings: dict[str, Any] = {}
-        self.environment = {"GPU_POOL_LOCK_DIR": str(directory / "locks")}
+        self._disk = disk
+        self._files = directory if disk is None else disk.path
+        self.environment = {"GPU_POOL_LOCK_DIR": str(self._files / "locks")}
         self.keys = [f"GPU-{0:08x}-0000-4000-8000-{index:012x}" for index in range(cards)]
+
+    @property
+    def outages(self) -> tuple[str, ...]:
+        """What can make it unreachable, or unable to grant."""
+        return (*(OUTAGES_OF if self.mortal else ()), *((DISK_FULL,) if self._disk is not None else ()))
 
     def kill(self) -> None: ...
 
@@ -622,9 +636,51 @@ class Arbiter:
 
     def thaw(self) -> None: ...
 
+    def fill(self) -> None:
+        """Its files have no more room."""
+        assert self._disk is not None
+        self._disk.fill()
+
+    def drain(self) -> None:
+        """Undo `fill`."""
+        assert self._disk is not None
+        self._disk.drain()
+
     def close(self) -> None:
         for proxy in self.proxies:
             proxy.close()
+
+
+class Disk:
+    """A small file system in memory, mounted for the arbiter's files; root may do so."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        # As the directory for everybody's temporary files.
+        options = f"size={DISK},mode=1777"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "soak", str(path)], check=True, timeout=20.0)
+        self._filler = path / "filler"
+
+    def fill(self) -> None:
+        """Nobody can write anything new to it any more."""
+        with open(self._filler, "ab") as file:
+            size, piece = 0, DISK
+            while piece >= 4096:
+                try:
+                    os.posix_fallocate(file.fileno(), size, piece)
+                    size += piece
+                except OSError as exc:
+                    if exc.errno != errno.ENOSPC:
+                        raise
+                    piece //= 2
+
+    def drain(self) -> None:
+        """There is room again."""
+        self._filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True, timeout=20.0)
 
 
 class _Server(Arbiter):
@@ -633,9 +689,10 @@ class _Server(Arbiter):
     mortal = True
     _leases = True
 
-    def __init__(self, directory: Path, cards: int) -> None:
-        super().__init__(directory, cards)
-        self._fleet = FakeFleet([cards], leases=self._leases)
+    def __init__(self, directory: Path, cards: int, disk: Disk | None = None) -> None:
+        super().__init__(directory, cards, disk)
+        with _temporary_files_in(self._files if disk is not None else None):
+            self._fleet = FakeFleet([cards], leases=self._leases)
         try:
             self.proxies.append(FaultProxy("127.0.0.1", self._fleet[0].port))
             self.settings = {"url": self.proxies[0].url}
@@ -668,8 +725,8 @@ class _Redis(_Server):
 
     _leases = False
 
-    def __init__(self, directory: Path, cards: int) -> None:
-        super().__init__(directory, cards)
+    def __init__(self, directory: Path, cards: int, disk: Disk | None = None) -> None:
+        super().__init__(directory, cards, disk)
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as free:
@@ -698,7 +755,8 @@ class _Redis(_Server):
             self._process = None
 
     def restart(self) -> None:
-        options = ["--bind", "127.0.0.1", "--dir", str(self._directory), "--save", "", "--appendonly", "yes"]
+        options = ["--bind", "127.0.0.1", "--dir", str(self._files), "--save", "", "--appendonly", "yes"]
+        options += ["--auto-aof-rewrite-min-size", "16mb"]
         with open(self._directory / "redis.log", "ab") as log:
             self._process = subprocess.Popen(
                 ["redis-server", "--port", str(self._port), *options, "--appendfsync", "always"],
@@ -729,6 +787,12 @@ class _Redis(_Server):
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
+    def drain(self) -> None:
+        super().drain()
+        # It ends itself when it cannot write what it must have written before it answers.
+        self.kill()
+        self.restart()
+
     def close(self) -> None:
         try:
             if getattr(self, "_process", None) is not None:
@@ -738,6 +802,17 @@ class _Redis(_Server):
 
 
 ARBITERS: dict[str, type[Arbiter]] = {"host": Arbiter, "server": _Server, "redis": _Redis}
+
+
+@contextlib.contextmanager
+def _temporary_files_in(directory: Path | None) -> Iterator[None]:
+    """New temporary files are made there; None: where they always are."""
+    before = tempfile.tempdir
+    tempfile.tempdir = before if directory is None else str(directory)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _keys(url: str, number: int) -> list[str]:
@@ -784,8 +859,16 @@ class Soak:
 
     def run(self) -> tuple[Verdict, dict[str, int], list[dict[str, Any]]]:
         """The verdict, the faults by kind, and the notes of the workers."""
+        disk = Disk(self._directory / "disk") if self._options.full_disk else None
+        try:
+            return self._run(disk)
+        finally:
+            if disk is not None:
+                disk.close()
+
+    def _run(self, disk: Disk | None) -> tuple[Verdict, dict[str, int], list[dict[str, Any]]]:
         options = self._options
-        self._arbiter = arbiter = ARBITERS[options.store](self._directory, options.cards)
+        self._arbiter = arbiter = ARBITERS[options.store](self._directory, options.cards, disk)
         try:
             for _ in range(options.workers):
                 self._start()
@@ -860,8 +943,10 @@ class Soak:
         chance = self._random
         assert self._arbiter is not None
         kinds = {"kill": 4, "stop": 4, "interrupt": 8}
-        if self._arbiter.mortal:
-            kinds |= {"outage": 3, "cut connections": 6, "truncated answer": 2}
+        if self._arbiter.outages:
+            kinds["outage"] = 3
+        if self._arbiter.proxies:
+            kinds |= {"cut connections": 6, "truncated answer": 2}
         next_fault = time.monotonic() + 0.5
         while (now := time.monotonic()) < until:
             self._keep_up(now)
@@ -937,9 +1022,9 @@ class Soak:
             return
         chance = self._random
         if not self._outages:
-            self._outages = chance.sample(list(OUTAGES_OF), len(OUTAGES_OF))
+            self._outages = chance.sample(self._arbiter.outages, len(self._arbiter.outages))
         kind = self._outages.pop()
-        proxies = self._some_proxies()
+        proxies = self._some_proxies() if self._arbiter.proxies else []
         seconds = chance.choice([0.0, chance.uniform(0.1, 1.0), chance.uniform(1.0, 5.0)])
         self._event("down", kind=kind)
         if kind == "kill arbiter":
@@ -948,6 +1033,9 @@ class Soak:
         elif kind == "freeze arbiter":
             self._arbiter.freeze()
             self._come_back = self._arbiter.thaw
+        elif kind == DISK_FULL:
+            self._arbiter.fill()
+            self._come_back = self._arbiter.drain
         else:
             if kind == "one-way":
                 # Mostly it is the answers that do not arrive: what was asked has been done, and nobody knows.
@@ -1078,6 +1166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=8, help="processes (default: %(default)s)")
     parser.add_argument("--cards", type=int, default=4, help="that they share (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of all chance (default: told, another each time)")
+    parser.add_argument("--at-once", action="store_true", help="--store all: at the same time, not one by one")
+    parser.add_argument(
+        "--full-disk",
+        action="store_true",
+        help="the arbiter's files lie on a small disk of their own, which is full now and then (root only)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table; of all stores, a list")
     parser.add_argument("--keep", metavar="DIR", help="leave the logs there; of all stores, in one folder each")
     options = parser.parse_args(arguments)
@@ -1085,19 +1179,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seed = random.SystemRandom().randrange(1_000_000)
     if options.store in ("redis", "all") and shutil.which("redis-server") is None:
         parser.error("redis-server is not installed")
-    clean_environment()
     every = options.store == "all"
+    if options.at_once and not every:
+        parser.error("--at-once needs --store all")
+    if options.full_disk and os.geteuid() != 0:
+        parser.error("--full-disk mounts a file system, and only root may")
+    if options.full_disk and UNSHARED not in os.environ:
+        # Whatever becomes of us, no mount of ours is left behind, and nobody else sees it.
+        again = [sys.executable, "-m", "benchmarks.soak", *(sys.argv[1:] if arguments is None else arguments)]
+        command = ["unshare", "--mount", "--propagation", "private", "--", *again, "--seed", str(options.seed)]
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, UNSHARED: "1"}, check=False).returncode
+    clean_environment()
+    runs = [
+        argparse.Namespace(
+            **{
+                **vars(options),
+                "store": store,
+                "keep": options.keep and (Path(options.keep) / store if every else Path(options.keep)),
+            }
+        )
+        for store in (STORES if every else (options.store,))
+    ]
     results = []
-    for store in STORES if every else (options.store,):
-        keep = options.keep and (Path(options.keep) / store if every else Path(options.keep))
-        results.append(_soak(argparse.Namespace(**{**vars(options), "store": store, "keep": keep})))
+    for found in _at_once(runs) if options.at_once else map(_soak, runs):
+        results.append(found)
         if not options.json:
-            _print(results[-1])
+            _print(found)
         elif every:
-            say(f"{store}: {'all is well' if results[-1]['well'] else 'problems'}")
+            say(f"{found['store']}: {'all is well' if found['well'] else 'problems'}")
     if options.json:
         print(json.dumps(results if every else results[0], indent=2))
     return 0 if all(found["well"] for found in results) else 1
+
+
+def _at_once(runs: Sequence[argparse.Namespace]) -> list[dict[str, Any]]:
+    """All these runs at the same time, each in a process of its own; what was found."""
+    processes = []
+    try:
+        for run in runs:
+            command = [sys.executable, "-m", "benchmarks.soak", "--json", "--store", run.store]
+            for name in ("seconds", "workers", "cards", "seed", "keep"):
+                if (value := getattr(run, name)) is not None:
+                    command += [f"--{name}", str(value)]
+            command += ["--full-disk"] if run.full_disk else []
+            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        return [_result(run, process) for run, process in zip(runs, processes, strict=True)]
+    finally:
+        for process in processes:
+            # After an interrupt, say; what it started it ends itself.
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _result(run: argparse.Namespace, process: subprocess.Popen[str]) -> dict[str, Any]:
+    told, _ = process.communicate()
+    try:
+        found: dict[str, Any] = json.loads(told)
+    except ValueError:
+        problem = f"the run ended with {process.returncode} and no result"
+        return {"store": run.store, "seed": run.seed, "problems": [problem], "well": False}
+    return found
 
 
 def _soak(options: argparse.Namespace) -> dict[str, Any]:
@@ -1151,4 +1295,6 @@ def _print(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # What was started ends also then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

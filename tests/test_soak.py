@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -438,3 +439,42 @@ def test_all_stores_one_after_another(as_json, capsys, monkeypatch, tmp_path):
     else:
         assert "✗ it broke" in out
         assert "Soak of the redis" in out
+
+
+@pytest.mark.real
+@pytest.mark.external_service
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting a file system needs root")
+@pytest.mark.timeout(240)
+def test_everything_at_once(capfd):
+    """All stores at the same time, each with a disk that is full now and then; no mount of it is left."""
+    arguments = ["--store", "all", "--at-once", "--full-disk", "--seconds", "8", "--workers", "3", "--cards", "2"]
+    before = Path("/proc/self/mountinfo").read_text()
+    status = soak.main([*arguments, "--seed", "1", "--json"])
+    found = json.loads(capfd.readouterr().out)
+    assert [each["store"] for each in found] == list(soak.STORES)
+    # Order and latency are for a machine that has nothing else to do; safety is not.
+    for unsafe in ("overlaps", "token_regressions", "leaks", "lost_for_nothing", "wrong"):
+        assert [each[unsafe] for each in found] == [0, 0, 0], found
+    assert status == any(each["problems"] for each in found)
+    assert found[0]["faults"][soak.DISK_FULL] > 0
+    assert min(each["acquisitions"] for each in found) > 10
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_at_once_is_for_all_stores(capsys):
+    """Asked for with one store it is a mistake, and nothing is started."""
+    with pytest.raises(SystemExit):
+        soak.main(["--at-once", "--store", "host"])
+    assert "--at-once needs --store all" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_without_a_result_is_not_well(monkeypatch):
+    """It counts as a problem of that store; the others are still waited for and told."""
+    runs = [soak.argparse.Namespace(store=store, seed=1) for store in ("host", "server")]
+    for run in runs:
+        vars(run).update(seconds=0.0, workers=1, cards=1, keep=None, full_disk=False)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    found = soak._at_once(runs)
+    assert [(each["store"], each["well"]) for each in found] == [("host", False), ("server", False)]
+    assert "ended with 1 and no result" in found[0]["problems"][0]
