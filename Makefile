@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 SOAK_ARGS ?=
 
 # Debian packages with the programs that tests start; installed by `make test` where it may (root, apt-get).
-TEST_SYSTEM_PACKAGES ?= redis-server chromium fonts-dejavu-core openssh-server faketime
+TEST_SYSTEM_PACKAGES ?= redis-server chromium fonts-dejavu-core openssh-server faketime iproute2 nftables util-linux
 # The same for `make bench`.
 BENCH_SYSTEM_PACKAGES ?= redis-server
 
