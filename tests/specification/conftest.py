@@ -47,7 +47,7 @@ def make_pool(request):
             "poll_interval": 0.05,
             "health_check_interval": 0.2,
             "breaker_failures": 2,
-            "endpoint_timeout": 5.0,
+            "endpoint_timeout": 10.0,
         }
         pool = GPUPool(endpoints, **{**defaults, **options})
         made.append(pool)

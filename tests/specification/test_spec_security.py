@@ -105,6 +105,7 @@ def test_no_credential_is_taken_from_a_command_line():
             for word in ("password", "token", "secret", "auth", "cert", "header"):
                 assert word not in " ".join(parameter.opts), f"{path} {parameter.opts}"
     assert main(["status", "--token", "x"]) == 2
+    assert main(["status", "--endpoints", f"http://ann:{SECRET}@server1"]) == 2
 
 
 @pytest.mark.parametrize(
