@@ -28,14 +28,15 @@ POLL_INTERVAL = 0.5
 def run(mode: Mode) -> Report:
     """Each size and each way to fail beside one endpoint that is well."""
     rows: list[Row] = []
-    for size in (2,) if mode.smoke else (1, 10, 100):
+    sizes = (2,) if mode.smoke else (1, 10, 100)
+    for size in sizes:
         for fault in (None, *FAULTS):
             if fault is not None and size == 1:
                 continue
             say(f"endpoints: {size}, {fault or 'all well'}")
             rows += _beside_one(mode, size, 0 if fault is None else max(1, round(SHARE * size)), fault or FAULTS[0])
     say("endpoints: all failing")
-    rows += [_none_left(mode, fault) for fault in FAULTS]
+    rows += [_none_left(mode, size, fault) for size in sizes for fault in FAULTS]
     return Report(rows, [f"An exchange with an endpoint may take {TIMEOUT:g} s, polls come every {POLL_INTERVAL:g} s."])
 
 
@@ -106,9 +107,8 @@ def _beside_one(mode: Mode, size: int, bad: int, fault: str) -> list[Row]:
         return rows
 
 
-def _none_left(mode: Mode, fault: str) -> Row:
+def _none_left(mode: Mode, size: int, fault: str) -> Row:
     """By how much a wait for endpoints none of which works is longer than its timeout."""
-    size = mode.pick(smoke=2, quick=10, full=10)
     asked = 0.2
     late = []
     with Servers(size, 0.0, size, fault) as servers, _settled(servers.urls, size) as pool:
@@ -118,4 +118,5 @@ def _none_left(mode: Mode, fault: str) -> Row:
                 pool.acquire(timeout=asked)
             except AcquireTimeout:
                 late.append(time.perf_counter() - begin - asked)
-    return Row(f"{size} endpoints, all {fault}: AcquireTimeout after its timeout", late)
+    what = f"{size} endpoints, all {fault}" if size > 1 else f"1 endpoint, {fault}"
+    return Row(f"{what}: AcquireTimeout after its timeout", late)
