@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -138,7 +139,7 @@ def test_shares_of_a_deleted_file(store, locks):
     granted(store.claim(claim("GPU-1", share=share, room=80000.0)))
 
 
-def test_a_deleted_queue_is_made_again(store, locks):
+def test_a_deleted_queue_is_made_again(store, locks, clock):
     """It holds no locks: leases stay, and who waits leaves its ticket anew."""
     wish, waiting = claim("GPU-1"), claim("GPU-1", who="b", queue=True)
     granted(store.claim(wish))
@@ -147,10 +148,10 @@ def test_a_deleted_queue_is_made_again(store, locks):
     assert store.why_gone(wish.id) is None
     assert isinstance(store.claim(waiting), Queued)
     assert [ticket.holder.name for ticket in store.queue()] == ["b"]
-    other = HostStore(str(locks))
-    assert isinstance(other.claim(claim("GPU-1", queue=True, who="c")), Queued)
-    assert [ticket.holder.name for ticket in other.queue()] == ["b", "c"]
-    other.close()
+    clock.advance(1.0)
+    with contextlib.closing(HostStore(str(locks), clock=clock)) as other:
+        assert isinstance(other.claim(claim("GPU-1", queue=True, who="c")), Queued)
+        assert [ticket.holder.name for ticket in other.queue()] == ["b", "c"]
     store.release([wish.id])
     granted(store.claim(waiting))
 
