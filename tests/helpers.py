@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 def eventually(
     predicate: Callable[[], T],
-    timeout: float = 10.0,
+    timeout: float = 30.0,
     message: str | Callable[[], object] = "the condition did not come true",
     tick: float = 0.005,
 ) -> T:
@@ -47,7 +48,7 @@ def eventually(
         pause.wait(tick)
 
 
-def run_threads(n: int, fn: Callable[[int], T], timeout: float = 30.0) -> list[T]:
+def run_threads(n: int, fn: Callable[[int], T], timeout: float = 60.0) -> list[T]:
     """
     Run ``fn(0)`` to ``fn(n - 1)`` in threads that start at the same moment; return their results in that
     order.
@@ -85,6 +86,17 @@ def run_threads(n: int, fn: Callable[[int], T], timeout: float = 30.0) -> list[T
         ]
         pytest.fail(f"{len(stuck)} of {n} threads did not end within {timeout:g} s\n" + "\n".join(stacks))
     return results
+
+
+def connections_to(*ports: int) -> int:
+    """How many descriptors of this process are the client's end of a connection to one of the IPv4 ports."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            if stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    found += sock.family == socket.AF_INET and sock.getpeername()[1] in ports
+    return found
 
 
 def resolve_to(monkeypatch: pytest.MonkeyPatch, servers: Mapping[str, str]) -> None:

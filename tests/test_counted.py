@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
 import time
 
-import psutil
 import pytest
 
 from gpupool_sync import AcquireTimeout, Endpoint, GPUPool
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
-from helpers import eventually, run_threads
+from helpers import connections_to, eventually, run_threads
 from servers import Server, answer, head
 
 SUMMARY = json.dumps(
@@ -125,7 +125,7 @@ def test_after_close_descriptors_and_threads_are_as_before(use, fleet):
 
     def once():
         endpoints = [Endpoint(each.url, name=each.name) for each in fleet]
-        with GPUPool(endpoints, poll_interval=0.05, health_check_interval=0.1, ttl=3.0) as pool:
+        with GPUPool(endpoints, poll_interval=0.05, health_check_interval=0.1) as pool:
             pool.open(wait=True)
             if use == "leases":
                 held = [pool.acquire(timeout=20) for _ in range(3)]
@@ -141,11 +141,12 @@ def test_after_close_descriptors_and_threads_are_as_before(use, fleet):
 
     once()  # what is made once for the process
     eventually(lambda: not [each for each in threading.enumerate() if each.name.startswith("gpupool")])
+    gc.collect()  # or what others left to the collector goes in between
     threads, descriptors = set(threading.enumerate()), opened()
     once()
     eventually(lambda: set(threading.enumerate()) <= threads, message=threading.enumerate)
     eventually(lambda: opened() == descriptors, message=lambda: f"{opened()} and before {descriptors}")
-    assert not [each for each in psutil.Process().net_connections("tcp") if each.status == "ESTABLISHED"]
+    assert connections_to(*(each.port for each in fleet)) == 0
 
 
 def opened():

@@ -23,14 +23,14 @@ from gpupool_sync.clock import Deadline
 from gpupool_sync.config import Endpoint
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 from gpupool_sync.transport import MAX_BODY_BYTES, Answer, Transport, retry_after
-from helpers import eventually, run_threads
+from helpers import connections_to, eventually, run_threads
 from servers import Authority, Connection, Server, answer, chunked, head
 
 #: Seconds that a hostile exchange may take, and seconds by which it must have ended.  The second bounds a hang.
-TIMEOUT = 0.3
-BOUND = 10.0
-#: Seconds for exchanges that are expected to succeed: never reached.
-AMPLE = 30.0
+TIMEOUT = 1.0
+BOUND = 100.0
+#: Seconds for exchanges that are expected to succeed, or to fail by themselves: never reached.
+AMPLE = 90.0
 
 fork_is_meant = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -235,11 +235,11 @@ def test_an_error_of_requests_becomes_ours():
 CHUNKED = head(headers={"Transfer-Encoding": "chunked"})
 
 HOSTILE: dict[str, tuple[servers.Script, type[GPUPoolError], str]] = {
-    "hangs": (servers.hang(), EndpointUnavailable, "no complete answer within 0.30 s"),
+    "hangs": (servers.hang(), EndpointUnavailable, "no complete answer within 1.00 s"),
     "hangs after the request": (
         servers.hang_after_request(),
         EndpointUnavailable,
-        "no complete answer within 0.30 s",
+        "no complete answer within 1.00 s",
     ),
     "hangs in the head": (servers.hang_after_request(b"HTTP/1.1 20"), EndpointUnavailable, "no complete answer"),
     "hangs in the body": (
@@ -418,7 +418,7 @@ def test_a_request_that_nobody_reads_ends_by_the_deadline():
     with Server(never_read) as server, opened(server.url) as transport:
         begin = time.monotonic()
         with pytest.raises(EndpointUnavailable, match="no complete answer"):
-            transport.post("/v1/leases", {"note": "x" * (16 << 20)}, Deadline.after(1.0))
+            transport.post("/v1/leases", {"note": "x" * (16 << 20)}, Deadline.after(4.0))
         assert time.monotonic() - begin < BOUND
 
 
@@ -450,7 +450,7 @@ def test_a_kept_connection_that_hangs():
 
     with Server(once) as server, opened(server.url) as transport:
         assert get(transport).status == 200
-        assert str(failure(transport, TIMEOUT)) == "s: no complete answer within 0.30 s"
+        assert str(failure(transport, TIMEOUT)) == "s: no complete answer within 1.00 s"
         assert server.connections == 1
 
 
@@ -459,7 +459,7 @@ def test_a_host_that_swallows_packets_ends_by_the_deadline():
     Connecting is part of the exchange and shares its deadline.
     """
     with servers.swallowing() as url, opened(url) as transport:
-        assert str(failure(transport, TIMEOUT)) == "s: no connection within 0.30 s"
+        assert str(failure(transport, TIMEOUT)) == "s: no connection within 1.00 s"
 
 
 def test_a_name_that_does_not_exist():
@@ -643,7 +643,6 @@ def test_a_forked_child_has_connections_of_its_own(authority, tls):
     context = authority.context() if tls else None
     with Server(answer(), tls=context) as server, opened(server.url, verify=authority.ca_path) as transport:
         get(transport)
-        before = descriptors()
         child = os.fork()
         if child == 0:
             status = 1
@@ -651,9 +650,9 @@ def test_a_forked_child_has_connections_of_its_own(authority, tls):
                 # As if another thread had held them at the fork.
                 transport._lock.acquire()
                 transport._link.adapter._pool.pool.mutex.acquire()
-                kept = descriptors()
+                kept = connections_to(server.port)
                 transport.forget_after_fork()
-                if kept - descriptors() == 1 and kept == before and get(transport).status == 200:
+                if (kept, connections_to(server.port)) == (1, 0) and get(transport).status == 200:
                     transport.close()
                     status = 0
             finally:
