@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -368,7 +368,9 @@ def test_a_silent_server_is_named_while_it_is_waited_for():
 
 
 @contextlib.contextmanager
-def on_terminal(*args: str) -> Iterator[tuple[subprocess.Popen[bytes], list[bytes]]]:
+def on_terminal(
+    *args: str, command: Callable[..., list[str]] = command
+) -> Iterator[tuple[subprocess.Popen[bytes], list[bytes]]]:
     """A command with a terminal for its output, which is collected while it runs."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "LINES": "50"}
@@ -707,7 +709,7 @@ def test_leases_shows_who_holds_and_who_waits(server, capsys):
         held = pool.acquire(timeout=10, count=2, note="epoch 7")
         waiter = threading.Thread(target=lambda: pool.acquire(timeout=30, note="patient").release())
         waiter.start()
-        eventually(lambda: pool.stats()["waiting"] == 1)
+        eventually(lambda: pool.leases().queue, message="its ticket is at the server")
         status, out, _ = run(capsys, "leases", "--endpoints", f"one={server.url}")
         _, answer = run_json(capsys, "leases", "--endpoints", f"one={server.url}")
         held.release()

@@ -460,7 +460,8 @@ def test_all_of_it_is_json(fleet):
 def test_a_forked_copy_counts_for_itself(fleet):
     """What the child's endpoints were watched for is not what their parent watched."""
     _, make = fleet
-    endpoint = make()._state.engine.endpoints["a"]
+    # One poll, or the next would begin to count in the copy.
+    endpoint = make(poll_interval=3600.0, health_check_interval=3600.0)._state.engine.endpoints["a"]
     eventually(lambda: endpoint.stats()["healthy_seconds"] > 0)
     endpoint.forget_after_fork()
     assert endpoint.stats()["watched_seconds"] == 0.0

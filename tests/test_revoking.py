@@ -84,12 +84,12 @@ def test_an_on_lost_that_raises_does_not_keep_the_gpu(pool):
 def test_a_forgotten_gpu_can_be_taken_back(pool):
     """The handle is gone, its lease is not: whoever looks after the machine ends it."""
 
-    def forget():
+    def forget(warned):
         pool.acquire(timeout=10)
-        eventually(lambda: pool.stats()["forgotten"] == 1)
+        eventually(lambda: len(warned))  # on a thread of the pool
 
-    with pytest.warns(ResourceWarning, match="gone without release"):
-        forget()
+    with pytest.warns(ResourceWarning, match="gone without release") as warned:
+        forget(warned)
     take(pool)
     eventually(lambda: not pool.leases().leases)
 
@@ -206,7 +206,7 @@ def test_release_takes_gpus_back_from_other_processes(shell, tmp_path, capsys):
         for worker in workers:
             assert "cards" in worker.ask("acquire 10")
         workers[1].process.send_signal(signal.SIGSTOP)
-        status = shell(["release", "--mine", "--wait", "3"])
+        status = shell(["release", "--mine", "--wait", "10"])
         out = capsys.readouterr().out
         assert status == 1
         assert sum("given back by night-run" in line for line in out.splitlines()) == 1
@@ -249,7 +249,7 @@ def test_release_as_json(shell, tmp_path, capsys):
 def test_arbiters_with_a_ttl_tell_with_the_next_renewal(arbiter, tmp_path):
     """The holder elsewhere hears of it within a third of its ttl, lets go, and a waiter is served."""
     redis = RedisServer(tmp_path / "redis").start() if arbiter == "redis" else None
-    options = {"poll_interval": 0.1, "ttl": 3.0}
+    options = {"poll_interval": 0.1, "ttl": 9.0}
     if redis is not None:
         from gpupool_sync.leases.redis import RedisStore
 
@@ -264,12 +264,12 @@ def test_arbiters_with_a_ttl_tell_with_the_next_renewal(arbiter, tmp_path):
                 told = threading.Event()
                 gpu = holder.acquire(timeout=20, on_lost=lambda gpu: told.set())
                 got = []
-                waiter = threading.Thread(target=lambda: got.append(other.acquire(timeout=30)))
+                waiter = threading.Thread(target=lambda: got.append(other.acquire(timeout=60)))
                 waiter.start()
                 eventually(lambda: other.stats()["waiting"] == 1)
                 take(other, "one:0")
-                assert told.wait(20)
-                waiter.join(30)
+                assert told.wait(60)
+                waiter.join(60)
                 assert got[0].fencing_token > gpu.fencing_token
                 with pytest.raises(LeaseLost, match="revoked by"):
                     gpu.check()
