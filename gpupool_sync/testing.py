@@ -37,9 +37,9 @@ from gpupool_sync.errors import ConfigError, GPUPoolError, MissingExtra
 __all__ = ["FakeFleet", "FakeServer", "FleetError"]
 
 #: Seconds in which a living server obeys.
-_PATIENCE = 15.0
+_PATIENCE = 60.0
 #: Seconds in which a killed process is gone.
-_DEATH = 10.0
+_DEATH = 60.0
 #: Most characters of a server's own words in an error.
 _QUOTED = 4000
 
@@ -116,7 +116,7 @@ class FakeServer:
         with self._lock:
             self._end_process()
 
-    def restart(self, timeout: float = 30.0) -> None:
+    def restart(self, timeout: float = 90.0) -> None:
         """Kill the server if it lives, and start it anew: same port, same cards, no faults, counters at 0."""
         with self._lock:
             self._end_process()
@@ -137,7 +137,7 @@ class FakeServer:
                     raise FleetError(f"server {self.name} does not stop")
                 time.sleep(0.001)
 
-    def heal(self, timeout: float = 30.0) -> None:
+    def heal(self, timeout: float = 90.0) -> None:
         """Undo every fault; start the server again if it is dead."""
         with self._lock:
             if not self.alive:
@@ -367,7 +367,7 @@ class FakeFleet(Sequence[FakeServer]):
         *,
         names: Sequence[str] | None = None,
         interval: float = 0.1,
-        start_timeout: float = 30.0,
+        start_timeout: float = 90.0,
         leases: bool = True,
     ) -> None:
         missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]

@@ -23,11 +23,11 @@ from helpers import eventually, run_threads
 pytestmark = pytest.mark.real
 
 
-def connect(server, timeout: float = 10.0) -> http.client.HTTPConnection:
+def connect(server, timeout: float = 60.0) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=timeout)
 
 
-def ask(server, path: str = "/gpu/summary", timeout: float = 10.0):
+def ask(server, path: str = "/gpu/summary", timeout: float = 60.0):
     """One request over a connection of its own: status, headers, document."""
     with contextlib.closing(connect(server, timeout)) as connection:
         connection.request("GET", path)
@@ -118,7 +118,7 @@ def test_slow(fleet):
     with pytest.raises(TimeoutError):
         ask(fleet[0], timeout=0.1)
     fleet[0].heal()
-    assert ask(fleet[0], timeout=5.0)[0] == 200
+    assert ask(fleet[0])[0] == 200
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 404, 200])
@@ -271,7 +271,7 @@ def test_closing_ends_every_process():
         connection.request("GET", "/")
         begin = time.monotonic()
         fleet.close()
-        assert time.monotonic() - begin < 5.0
+        assert time.monotonic() - begin < 30.0  # nobody waits for what hangs, or is frozen
     fleet.close()
     assert all(gone(pid) for pid in pids)
     assert not any(server.alive for server in fleet)
@@ -301,13 +301,13 @@ def test_a_killed_parent_leaves_no_server(how):
         pids = [int(pid) for pid in line.split()]
         assert len(pids) == 2
         parent.kill()
-        parent.wait(10)
-        eventually(lambda: all(gone(pid) for pid in pids), 20.0)
+        parent.wait(60)
+        eventually(lambda: all(gone(pid) for pid in pids))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
         parent.kill()
-        parent.wait(10)
+        parent.wait(60)
         parent.stdout.close()
 
 
@@ -327,7 +327,7 @@ with FakeFleet([1, 1]) as fleet:
 
 def test_a_forked_child_closes_nothing():
     """A forked child that leaves the block leaves the servers to its parent."""
-    done = subprocess.run([sys.executable, "-c", _FORKED], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", _FORKED], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
