@@ -34,7 +34,7 @@ def make_pool(fleet, **options):
         "lease_store": MemoryStore(),
         "poll_interval": 0.05,
         "health_check_interval": 0.2,
-        "endpoint_timeout": 2.0,
+        "endpoint_timeout": 20.0,
         "breaker_failures": 2,
     }
     return GPUPool(named, **{**defaults, **options})
@@ -51,10 +51,14 @@ def endpoint(pool, name):
     return next(each for each in pool.status().endpoints if each.endpoint_id == name)
 
 
-def breaker(pool, name, state):
+def breaker(pool, name, *states):
     eventually(
-        lambda: endpoint(pool, name).breaker == state, timeout=30, message=lambda: f"{name}: {endpoint(pool, name)}"
+        lambda: endpoint(pool, name).breaker in states, timeout=30, message=lambda: f"{name}: {endpoint(pool, name)}"
     )
+
+
+#: States in which a breaker keeps callers away; half-open it is while a probe is under way, maybe most of the time.
+OPEN = ("open", "half-open")
 
 
 def take_all(pool, number, **request):
@@ -193,10 +197,12 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_of_three_fails_and_comes_back(fleet, fault):
     """The others are not affected, its GPUs are not granted, and after recovery they are."""
-    with make_pool(fleet, endpoint_timeout=1.0) as pool:
+    # Only where a timeout is what fails is it short; elsewhere no poll is too slow, however busy the machine is.
+    silent = fault in ("hanging", "frozen", "slow")
+    with make_pool(fleet, endpoint_timeout=3.0 if silent else 20.0, max_stats_age=300.0) as pool:
         pool.open(wait=True)
         FAULTS[fault](fleet[0])
-        breaker(pool, "alpha", "open")
+        breaker(pool, "alpha", *OPEN)
         assert {gpu.endpoint_id for gpu in take_all(pool, 3)} == {"beta", "gamma"}
         status = pool.status()
         assert (status.healthy_endpoints, status.total_gpus) == (2, 3)
@@ -275,7 +281,7 @@ def test_held_gpus_survive_their_servers_failure(pool, fleet):
     """A statistics server that dies takes no lease away from anybody."""
     with pool.gpu(endpoint="gamma") as gpu:
         fleet[2].kill()
-        breaker(pool, "gamma", "open")
+        breaker(pool, "gamma", *OPEN)
         gpu.check()
         fleet[2].restart()
         breaker(pool, "gamma", "closed")
@@ -287,7 +293,7 @@ def test_a_restarted_server_has_the_same_cards(pool, fleet):
     """The UUIDs do not depend on the process."""
     before = {card.uuid for card in pool.status().gpus}
     fleet[0].kill()
-    breaker(pool, "alpha", "open")
+    breaker(pool, "alpha", *OPEN)
     fleet[0].restart()
     breaker(pool, "alpha", "closed")
     eventually(lambda: pool.status().total_gpus == 7)
@@ -302,7 +308,7 @@ def test_when_all_are_down_waiters_wait_and_are_served_after_recovery(pool, flee
     for server in fleet:
         server.kill()
     for name in ("alpha", "beta", "gamma"):
-        breaker(pool, name, "open")
+        breaker(pool, name, *OPEN)
     with pytest.raises(AcquireTimeout, match="refused the connection"):
         pool.acquire(timeout=0)
     got: list[str] = []

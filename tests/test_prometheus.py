@@ -88,7 +88,7 @@ def make_pool(fleet, **options):
     defaults = {
         "poll_interval": 0.05,
         "health_check_interval": 0.2,
-        "endpoint_timeout": 2.0,
+        "endpoint_timeout": 5.0,
         "breaker_failures": 2,
         "name": "mine",
     }
