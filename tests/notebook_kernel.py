@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 #: Seconds in which a kernel starts, or answers, on a busy machine.
-PATIENCE = 40.0
+PATIENCE = 100.0
 
 
 class Kernel:

@@ -23,7 +23,7 @@ from gpupool_sync import AcquireTimeout, GPUPool, PoolClosed, devices
 from helpers import HoldLog
 
 #: Seconds after which a process that hangs shows where, and ends.
-PATIENCE = 40.0
+PATIENCE = 100.0
 PACKAGE = str(Path(gpupool_sync.__file__).parent) + os.sep
 
 
@@ -31,7 +31,7 @@ def uuid_of(index: int) -> str:
     return f"GPU-{index:08d}"
 
 
-def die_when_stuck(seconds: int = 20) -> None:
+def die_when_stuck(seconds: int = 120) -> None:
     """
     End this process when it hangs, and show where.
 

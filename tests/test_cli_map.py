@@ -158,7 +158,7 @@ def test_halt(fleet, capfd, tmp_path, halt):
     """After the first failure nothing is started; what runs ends by itself, or is ended."""
     wait = f"while ! test -e {tmp_path}/running; do sleep 0.02; done; exit 1"
     job = (
-        f"case {{}} in long) touch {tmp_path}/running; sleep {30 if halt == 'now' else 1}; echo long;; *) {wait};; esac"
+        f"case {{}} in long) touch {tmp_path}/running; sleep {60 if halt == 'now' else 5}; echo long;; *) {wait};; esac"
     )
     status = main(["map", "--halt", halt, job, ":::", "long", "fails", "never"])
     out, err = capfd.readouterr()
@@ -188,7 +188,7 @@ def test_no_gpu_in_time(fleet, capfd):
         assert "2 jobs did not begin, because no GPU can be had" in err
         assert "held by" in err
         with pool.gpu():
-            assert main(["map", "--timeout", "0.3", "sleep 1; echo", ":::", "a", "b"]) == 124
+            assert main(["map", "--timeout", "3", "sleep 6; echo", ":::", "a", "b"]) == 124
     assert capfd.readouterr().out == "a\n"
     assert main(["map", "-n", "3", "echo", ":::", "a"]) == 125
 
@@ -197,7 +197,7 @@ def test_no_gpu_in_time(fleet, capfd):
 def test_a_signal_ends_everything(fleet, number, tmp_path):
     """Jobs are ended with all that they started, the stubborn ones by SIGKILL; the rest does not begin."""
     job = f"trap 'echo told' TERM; (sleep 60 & echo $! > {tmp_path}/{{}}; wait); while :; do sleep 0.1; done"
-    command = [*OURS, "map", "--grace", "0.5", job, ":::", "a", "b", "c"]
+    command = [*OURS, "map", "--grace", "3", job, ":::", "a", "b", "c"]
     with process(*command, text=True) as it:
         eventually(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "ab"), 30)
         it.send_signal(number)
@@ -222,13 +222,13 @@ def test_jobs_outlive_a_map_that_is_killed(fleet, tmp_path):
     """kill -9: their GPUs are theirs until they end."""
     job = f"cat {tmp_path}/fifo"
     os.mkfifo(tmp_path / "fifo")
-    with process(*OURS, "map", "-n", "2", job, ":::", "a", env={**os.environ, "GPU_POOL_TTL": "1"}) as it:
+    with process(*OURS, "map", "-n", "2", job, ":::", "a", env={**os.environ, "GPU_POOL_TTL": "4"}) as it:
         with GPUPool() as pool:
             eventually(lambda: pool.leases().leases, 30, tick=0.05)
         writer = os.open(tmp_path / "fifo", os.O_WRONLY)
         it.kill()
         it.wait()
-    threading.Event().wait(1.5)
+    threading.Event().wait(5.0)  # longer than the lease would last by itself
     ask = [*OURS, "run", "-n", "2", "--timeout", "0", "true"]
     assert subprocess.run(ask, capture_output=True).returncode == 124
     os.close(writer)

@@ -186,22 +186,22 @@ def test_the_lease_outlives_a_wrapper_that_is_killed(fleet, arbiter, monkeypatch
         monkeypatch.setenv("GPU_POOL_LOCK_DIR", str(tmp_path))
     code = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
     try_both = [*ours, "run", *ask, "-n", "2", "--timeout", "0", "true"]
-    environ = {**os.environ, "GPU_POOL_TTL": "1"}
+    environ = {**os.environ, "GPU_POOL_TTL": "4"}
     with process(*ours, "run", *python(code), stdin=subprocess.PIPE, env=environ) as it:
         assert it.stdout.readline()
         it.kill()
         it.wait()
-        threading.Event().wait(1.5 if arbiter == "server" else 0.0)  # longer than the lease would last by itself
+        threading.Event().wait(5.0 if arbiter == "server" else 0.0)  # longer than the lease would last by itself
         assert subprocess.run(try_both, capture_output=True).returncode == 124
         it.stdin.close()
         assert it.stdout.read() == b""  # the command has ended
-        try_both[-2] = "30"
+        try_both[-2] = "60"
         assert subprocess.run(try_both, capture_output=True).returncode == 0
 
 
 def test_a_lost_lease_ends_the_command(fleet, monkeypatch):
     """--on-lost kill: SIGTERM, then SIGKILL, status 125; --on-lost warn: a line, and its own status."""
-    monkeypatch.setenv("GPU_POOL_TTL", "2")
+    monkeypatch.setenv("GPU_POOL_TTL", "6")
     stubborn = (
         "import signal; signal.signal(signal.SIGTERM, lambda *_: print('TERM', flush=True))\nprint('on', flush=True)\n"
         "while True: signal.pause()"
@@ -271,7 +271,8 @@ def test_what_it_waits_for_is_said_once(fleet):
             held.close()
             rest = it.stderr.read()
             assert it.stdout.read() == "done\n"
-    assert re.match(r"waiting 2\.\d s for one GPU, place 1: sim:0-1 held by ", line)
+    # After two seconds; how soon after that depends on the machine.
+    assert re.match(r"waiting (\d+ min )?\d+(\.\d)? s for one GPU, place 1: sim:0-1 held by ", line)
     assert f"pid {os.getpid()}" in line
     assert rest.splitlines()[0].startswith("gpupool-sync: got sim:")
 

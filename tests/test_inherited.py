@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -30,7 +31,7 @@ PATH = os.pathsep.join([str(HERE), *(path for path in sys.path if path.endswith(
 pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 #: Seconds; of leases that have one.
-TTL = 3.0
+TTL = 6.0
 
 
 class Talk:
@@ -365,7 +366,7 @@ def test_a_command_learns_that_its_lease_is_lost(start, commands, temporary, tmp
             pool.open(wait=True)
             store = pool._state.engine.store_of(pool.status().endpoints[0].endpoint_id)
             assert store.revoke(had["cards"][0], had["token"], "a test")
-        eventually(lambda: child.ask("lost")["lost"], timeout=20)
+        eventually(lambda: child.ask("lost")["lost"])
         assert child.ask("check")["error"].startswith("LeaseLost: ")
         eventually(lambda: child.ask("lost")["told"], message="on_lost is called")
         assert child.ask("acquire")["error"].startswith("LeaseLost: ")
@@ -381,7 +382,7 @@ def test_a_command_judges_its_lease_by_the_clock(start, commands, temporary):
         assert not child.ask("lost")["lost"]
         (renews,) = renewing(temporary)
         os.kill(renews, signal.SIGSTOP)
-        eventually(lambda: child.ask("lost")["lost"], timeout=20)
+        eventually(lambda: child.ask("lost")["lost"])
         assert "did not confirm it in time" in child.ask("check")["error"]
 
 
@@ -431,6 +432,7 @@ def test_nothing_is_left_of_many_commands(monkeypatch, temporary):
     with local_pool(monkeypatch, Cards(1)) as pool:
         with pool.gpu() as gpu:
             gpu.run(["true"], check=True)
+        gc.collect()  # or what others left to the collector goes in between
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
             with pool.gpu() as gpu:

@@ -196,11 +196,11 @@ def test_an_error_in_on_lost_is_logged_and_kills_nothing(clock, monkeypatch, cap
 
 
 def test_one_thread_renews_and_ends_when_nothing_is_left(lost):
-    """The real thread, with a ttl of a moment: it renews again and again, and goes by itself."""
+    """The real thread: it renews, and goes by itself."""
     keeper = Keeper(lost.append)
     store = Store()
     assert keeper._thread is None
-    keeper.add("a", store, 5.0, keeper._clock() - 1.6)
+    keeper.add("a", store, 60.0, keeper._clock() - 20.5)
     thread = keeper._thread
     eventually(lambda: store.requests, message="it renews")
     assert thread.name == "gpupool-keeper"
@@ -208,7 +208,7 @@ def test_one_thread_renews_and_ends_when_nothing_is_left(lost):
     keeper.remove("a")
     thread.join(10)
     assert not thread.is_alive()
-    keeper.add("b", store, 5.0, keeper._clock())
+    keeper.add("b", store, 60.0, keeper._clock())
     assert keeper._thread.is_alive()
     keeper.stop()
     assert lost == []
@@ -222,7 +222,7 @@ def test_an_arbiter_that_hangs_delays_no_other(lost):
     now = keeper._clock()
     keeper.add("hung", hung, 3.0, now - 1.0)
     eventually(lambda: hung.requests, message="it is asked")
-    keeper.add("alive", alive, 3.0, now - 1.0)
+    keeper.add("alive", alive, 9.0, now - 3.0)
     eventually(lambda: len(alive.requests) >= 2, message="the other one is renewed again and again")
     eventually(lambda: lost == ["hung"], message="the lease at the hung one is lost in time")
     assert len(hung.requests) == 1

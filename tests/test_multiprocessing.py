@@ -178,7 +178,7 @@ def test_an_executor_that_is_handed_the_pool(pool, log, name, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_executor_with_an_initializer_over_a_server(log, method):
     """Leases of a server, kept by each worker's own pool: no overlap, and all are back when the workers end."""
-    with FakeFleet([2]) as fleet, GPUPool([Endpoint(fleet[0].url, name="alpha")], ttl=3.0, poll_interval=0.2) as pool:
+    with FakeFleet([2]) as fleet, GPUPool([Endpoint(fleet[0].url, name="alpha")], ttl=30.0, poll_interval=0.2) as pool:
         pool.open(wait=True)
         arguments = (pool, log, 0)
         with ProcessPoolExecutor(
@@ -328,9 +328,9 @@ class Stranger:
         self._process.start()
         there.close()
 
-    def can_have(self, uuid, timeout=20.0, **request):
+    def can_have(self, uuid, timeout=60.0, **request):
         self._here.send((uuid, timeout, request))
-        assert self._here.poll(40), "the other process answers"
+        assert self._here.poll(100), "the other process answers"
         return self._here.recv()
 
     def close(self):
@@ -392,14 +392,14 @@ class Ground:
         self.held.__exit__(None, None, None)
         self.context.__exit__(None, None, None)
         self.pool.release_all()
-        with self.pool.gpu(uuid=self.free_uuid, timeout=15) as gpu:
+        with self.pool.gpu(uuid=self.free_uuid, timeout=60) as gpu:
             if gpu.uuid != self.free_uuid or self.pool.stats()["held"] != 1:
                 wrong.append("another card")
             with contextlib.suppress(AcquireTimeout):
                 self.pool.acquire(uuid=self.held_uuid, timeout=0)
                 wrong.append("the child got its parent's card")
         if self.fresh is not None:  # its parent was opening, using or closing it
-            with contextlib.suppress(PoolClosed), self.fresh.gpu(uuid=self.free_uuid, timeout=15) as gpu:
+            with contextlib.suppress(PoolClosed), self.fresh.gpu(uuid=self.free_uuid, timeout=60) as gpu:
                 gpu.check()
             self.fresh.close()
         if self.pool.stats()["held"] != 0:
@@ -465,7 +465,7 @@ def test_a_fork_at_any_instant_with_leases_of_a_server(kind):
     """The same where leases have a ttl: the child neither releases nor renews what its parent has."""
     with FakeFleet([3]) as fleet:
         endpoint = Endpoint(fleet[0].url, name="alpha")
-        with GPUPool([endpoint], ttl=5.0, poll_interval=0.2) as pool:
+        with GPUPool([endpoint], ttl=30.0, poll_interval=0.2) as pool:
             pool.open(wait=True)
             with pool.gpus(3, timeout=20) as gpus:
                 uuids = [gpu.uuid for gpu in gpus]
@@ -485,7 +485,7 @@ def test_a_forked_child_does_not_keep_its_parents_lease():
     """
     with (
         FakeFleet([2]) as fleet,
-        GPUPool([Endpoint(fleet[0].url, name="alpha")], ttl=1.0, poll_interval=0.2) as pool,
+        GPUPool([Endpoint(fleet[0].url, name="alpha")], ttl=4.0, poll_interval=0.2) as pool,
     ):
         gpu = pool.acquire(timeout=20)
         keeper, lease = pool._state.engine.keeper, gpu._tie.grant.id
@@ -500,8 +500,8 @@ def test_a_forked_child_does_not_keep_its_parents_lease():
                 return renew(store, ids)
 
             HTTPStore.renew = watched
-            with pool.gpu(timeout=15) as mine:
-                eventually(lambda: len(asked) >= 8, 20, "the child renews its own lease")
+            with pool.gpu(timeout=60) as mine:
+                eventually(lambda: len(asked) >= 6, 60, "the child renews its own lease")
                 mine.check()
             pool.close()
             return sorted({each == lease for ids in asked for each in ids})
@@ -509,12 +509,12 @@ def test_a_forked_child_does_not_keep_its_parents_lease():
         first = keeper.good_until(lease)
         with forked(use_own) as result:
             assert result() == [False]
-            assert keeper.good_until(lease) > first + 1.0, "the parent has renewed its own"
+            assert keeper.good_until(lease) > first + 4.0, "the parent has renewed its own"
             gpu.check()
             # The parent falls silent; its child is still there.
             keeper.stop()
             store = pool._state.engine.store_of("alpha")
-            eventually(lambda: store.leases() == [], 20, "the lease ends with its ttl")
+            eventually(lambda: store.leases() == [], 60, "the lease ends with its ttl")
             assert gpu.lost
 
 
@@ -591,7 +591,7 @@ def script(name, cards=2, status=0):
         [sys.executable, "-W", "error", str(HERE / "process_jobs.py"), name, str(cards)],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=150,
         env={**os.environ, "PYTHONPATH": PATH},
         check=False,
     )

@@ -31,7 +31,7 @@ def fleet(running_fleet):
 
 def make_pool(fleet, **options):
     named = [Endpoint(server.url, name=server.name) for server in fleet]
-    defaults = {"poll_interval": 0.1, "health_check_interval": 0.3, "endpoint_timeout": 2.0, "ttl": 3.0}
+    defaults = {"poll_interval": 0.1, "health_check_interval": 0.3, "endpoint_timeout": 20.0, "ttl": 30.0}
     return GPUPool(named, **{**defaults, **options})
 
 
@@ -52,7 +52,7 @@ def _work(endpoints, path, rounds, options):
     log = HoldLog(path)
     with GPUPool(endpoints, **options) as pool:
         for _ in range(rounds):
-            with pool.gpu(timeout=50) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
+            with pool.gpu(timeout=120) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
                 pass
 
 
@@ -64,7 +64,7 @@ def race(endpoints, path, options):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(55)
+        process.join(150)
     assert [process.exitcode for process in processes] == [0] * 4
     log = HoldLog(path)
     assert len(log.holds()) == 60
@@ -101,12 +101,10 @@ def test_processes_that_share_servers_never_share_a_card(fleet, tmp_path):
 
 def test_leases_are_renewed_while_they_are_held(fleet):
     """A lease outlives its ttl many times over as long as its holder lives."""
-    with make_pool(fleet, ttl=0.6) as pool, pool.gpu(timeout=20) as gpu:
+    with make_pool(fleet, ttl=3.0) as pool, pool.gpu(timeout=20) as gpu:
         store = pool._state.engine.store_of(gpu.endpoint_id)
         first = pool._state.engine.keeper.good_until(gpu._tie.grant.id)
-        eventually(
-            lambda: pool._state.engine.keeper.good_until(gpu._tie.grant.id) > first + 1.2, message="two ttls pass"
-        )
+        eventually(lambda: pool._state.engine.keeper.good_until(gpu._tie.grant.id) > first + 6.0, message="two ttls pass")
         gpu.check()
         assert store.is_held(gpu.uuid)
 
