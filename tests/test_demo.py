@@ -7,13 +7,15 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from typing import Any
 
 import attrs
 import pytest
 
-from gpupool_sync import GPUPool
+from gpupool_sync import GPUPool, demo
 from gpupool_sync.cli import main
+from gpupool_sync.clock import Deadline
 from gpupool_sync.config import Endpoint, Settings
 from gpupool_sync.demo import HoldLog, Result
 from gpupool_sync.devices.simulated import LEASED_UTILIZATION_PERCENT
@@ -21,7 +23,17 @@ from gpupool_sync.leases.base import Claim, Wanted
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.testing import FakeFleet
 from helpers import eventually
-from test_cli import command, on_terminal
+from test_cli import on_terminal
+
+#: `gpupool-sync` with more time than people have patience for, as tests run beside others on few processors: for a
+#: demo as a whole, and for its workers to renew their leases.
+UNHURRIED = """
+import sys
+from gpupool_sync import demo
+demo.LIMIT, demo.MIN_TTL = 150.0, 6.0
+from gpupool_sync.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 KEYS = {
     "jobs_done",
@@ -41,6 +53,17 @@ KEYS = {
 }
 
 
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-c", UNHURRIED, *args]
+
+
+@pytest.fixture(autouse=True)
+def _unhurried(monkeypatch):
+    """Likewise those that run in this process."""
+    monkeypatch.setattr(demo, "LIMIT", 150.0)
+    monkeypatch.setattr(demo, "MIN_TTL", 6.0)
+
+
 @pytest.mark.real
 def test_the_demo_runs_every_job_and_gets_everything_back():
     """`demo --json` prints exactly one object, in which all is well, and exits with 0."""
@@ -50,7 +73,7 @@ def test_the_demo_runs_every_job_and_gets_everything_back():
         env={**os.environ, "GPU_POOL_LEASE_STORE": "memory:", "GPU_POOL_TTL": "300", "GPU_POOL_NAME": "me"},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=170,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
@@ -61,7 +84,7 @@ def test_the_demo_runs_every_job_and_gets_everything_back():
     assert result["killed_worker"].startswith("worker ")
     assert 1 <= len(result["gpus_of_killed_worker"]) <= 4
     assert 1 <= result["jobs_run_again"] <= 4
-    assert 0 < result["gpus_back_after_s"] < 30
+    assert 0 < result["gpus_back_after_s"] < 60
     assert sum(result["per_endpoint"].values()) == result["jobs_done"]
     assert len(result["per_endpoint"]) == 3
     assert result["killed"] in result["per_endpoint"]
@@ -73,8 +96,8 @@ def test_the_demo_runs_every_job_and_gets_everything_back():
 @pytest.mark.real
 def test_the_demo_is_drawn_on_a_terminal():
     """On a terminal the GPUs, the jobs and the accident are drawn in place, and a summary remains."""
-    with on_terminal("demo", "--seconds-per-job", "0.4") as (process, pieces):
-        assert process.wait(55) == 0, b"".join(pieces)
+    with on_terminal("demo", "--seconds-per-job", "0.4", command=command) as (process, pieces):
+        assert process.wait(170) == 0, b"".join(pieces)
     shown = b"".join(pieces).decode()
     assert "\x1b[1A" in shown  # it went up to draw over the last picture
     accidents = ("✗ ", "(kill -9)", "others have them", "is killed;", "answers again")
@@ -85,7 +108,7 @@ def test_the_demo_is_drawn_on_a_terminal():
 @pytest.mark.real
 def test_the_demo_tells_plain_lines_where_nothing_can_be_drawn():
     """Piped, the demo prints a line for each event, progress now and then, and the summary, without colours."""
-    done = subprocess.run(command("demo", "--seconds-per-job", "0.3"), capture_output=True, text=True, timeout=55)
+    done = subprocess.run(command("demo", "--seconds-per-job", "0.3"), capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout
     worker = ["starting", "is killed (kill -9) amid its jobs", "it had server", "nobody renews its leases"]
@@ -118,9 +141,14 @@ def test_ctrl_c_ends_the_demo_and_its_servers():
 @pytest.mark.real
 def test_a_demo_whose_gpus_do_not_come_back_is_ended(monkeypatch, capsys):
     """Leases of the dead that do not end in time: exit status 1, and a line that names the GPUs."""
-    monkeypatch.setattr("gpupool_sync.demo.MIN_TTL", 300.0)
-    monkeypatch.setattr("gpupool_sync.demo.LIMIT", 15.0)
-    monkeypatch.setattr("gpupool_sync.demo.RESERVE", 5.0)
+    monkeypatch.setattr(demo, "MIN_TTL", 300.0)
+    expect_back = demo.Demo._expect_back
+
+    def in_vain(self, *args):
+        expect_back(self, *args)
+        self._deadline = Deadline.after(3.0)  # its time is over soon after the kill
+
+    monkeypatch.setattr(demo.Demo, "_expect_back", in_vain)
     # Long jobs: of short ones all may have been given back in the instant before the kill, and nothing is missing.
     assert main(["demo", "--json", "--jobs", "100", "--seconds-per-job", "1.5"]) == 1
     out, _ = capsys.readouterr()
@@ -163,10 +191,10 @@ def test_simulated_cards_show_their_leases():
         assert eventually(lambda: loads() == [0.0, LEASED_UTILIZATION_PERCENT])
         gpu.release()
         assert eventually(lambda: loads() == [0.0, 0.0])
-        store = HTTPStore(Endpoint(fleet.urls[0]), Settings(ttl=0.5))
+        store = HTTPStore(Endpoint(fleet.urls[0]), Settings(ttl=4.0))
         uuid = gpu.uuid
         assert uuid is not None
-        claim = Claim(id="a", holder=pool._state.holder, groups=((Wanted(uuid, None),),), ttl=0.5)
+        claim = Claim(id="a", holder=pool._state.holder, groups=((Wanted(uuid, None),),), ttl=4.0)
         store.claim(claim)
         assert eventually(lambda: loads() == [0.0, LEASED_UTILIZATION_PERCENT])
         assert eventually(lambda: loads() == [0.0, 0.0])
