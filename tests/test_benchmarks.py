@@ -54,7 +54,7 @@ def test_each_benchmark_runs_in_its_smallest_form(name):
         env={**os.environ, "GPU_SERVICE_ENDPOINTS": "nonsense"},  # settings from outside do not count
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
 
@@ -77,7 +77,7 @@ from benchmarks.__main__ import main
 sys.exit(main(["--smoke", "--only", "sweep", "--only", "inprocess", "--only", "host_store", "--only", "waiting"]))
 """
     process = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
     )
 
     assert process.returncode == 0, process.stderr

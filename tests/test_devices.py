@@ -181,7 +181,7 @@ def test_nvml_reads_every_field(open_nvml):
     """A card's readings come in the units of nvidia-smi, and memory that the driver reserves is not counted as used."""
     nvml = FakeNvml(2)
     nvml.cards[0].processes = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=500 * MIB)]
-    sample = open_nvml(nvml).read(10.0)
+    sample = open_nvml(nvml).read(60.0)
 
     assert sample.faults == ()
     assert ids(sample) == [0, 1]
@@ -204,7 +204,7 @@ def test_nvml_tells_who_computes(open_nvml):
         SimpleNamespace(pid=os.getpid(), usedGpuMemory=500 * MIB),
         SimpleNamespace(pid=2**22 + 1, usedGpuMemory=None),
     ]
-    mine, gone = open_nvml(nvml).read(10.0).gpus[0].processes
+    mine, gone = open_nvml(nvml).read(60.0).gpus[0].processes
 
     assert (os.getpid(), getpass.getuser(), 500.0) == (mine.pid, mine.user, mine.memory_mb)
     assert mine.name
@@ -222,7 +222,7 @@ def test_nvml_without_the_second_memory_call(open_nvml):
         return plain(card)
 
     nvml.nvmlDeviceGetMemoryInfo = only_plain
-    assert open_nvml(nvml).read(10.0).gpus[0].memory_used_mb == 20600.0
+    assert open_nvml(nvml).read(60.0).gpus[0].memory_used_mb == 20600.0
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_nvml_a_reading_that_a_card_lacks_is_none(open_nvml, field, shown):
     """What a card does not support is unknown, not 0, and costs nothing else."""
     nvml = FakeNvml(1)
     setattr(nvml.cards[0], field, nvml.NVMLError_NotSupported())
-    sample = open_nvml(nvml).read(10.0)
+    sample = open_nvml(nvml).read(60.0)
 
     assert sample.faults == ()
     assert getattr(sample.gpus[0], shown) is None
@@ -250,38 +250,38 @@ def test_nvml_a_lost_card_is_reported_as_such(open_nvml):
     """A card that is lost becomes a fault in the driver's words, with the name it had; the others are read."""
     nvml = FakeNvml(3)
     reader = open_nvml(nvml)
-    reader.read(10.0)
+    reader.read(60.0)
     nvml.cards[1].temperature = nvml.NVMLError_GpuIsLost()
-    sample = reader.read(10.0)
+    sample = reader.read(60.0)
 
     assert ids(sample) == [0, 2]
     assert (GPUFault("GPU is lost", 1, "GPU-00000001-aaaa", "NVIDIA H100 80GB HBM3"),) == sample.faults
     nvml.cards[1].temperature = 40
-    assert ids(reader.read(10.0)) == [0, 1, 2]
+    assert ids(reader.read(60.0)) == [0, 1, 2]
 
 
 def test_nvml_a_hung_card_harms_no_other(open_nvml, monkeypatch):
     """A card whose driver call never returns is a fault, is not asked again meanwhile, and comes back by itself."""
-    monkeypatch.setattr(nvml_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(nvml_module, "PATIENCE", 1.0)
     nvml = FakeNvml(3)
     reader = open_nvml(nvml)
-    assert ids(reader.read(10.0)) == [0, 1, 2]
+    assert ids(reader.read(60.0)) == [0, 1, 2]
     nvml.cards[1].gate.clear()
     calls = nvml.cards[1].calls
 
     begin = time.monotonic()
-    sample = reader.read(10.0)
-    assert time.monotonic() - begin < 5.0
+    sample = reader.read(60.0)
+    assert time.monotonic() - begin < 30.0
     assert ids(sample) == [0, 2]
-    assert sample.faults[0].reason.startswith("no answer from the driver for 0.")
+    assert sample.faults[0].reason.startswith("no answer from the driver for ")
     assert (sample.faults[0].local_gpu_id, sample.faults[0].uuid) == (1, "GPU-00000001-aaaa")
 
     for _ in range(5):
-        assert ids(reader.read(10.0)) == [0, 2]
+        assert ids(reader.read(60.0)) == [0, 2]
     assert calls + 1 == nvml.cards[1].calls
 
     nvml.cards[1].gate.set()
-    eventually(lambda: ids(reader.read(10.0)) == [0, 1, 2])
+    eventually(lambda: ids(reader.read(60.0)) == [0, 1, 2])
 
 
 def test_nvml_a_card_that_never_answered_gets_the_whole_timeout(open_nvml, monkeypatch):
@@ -293,7 +293,7 @@ def test_nvml_a_card_that_never_answered_gets_the_whole_timeout(open_nvml, monke
     assert "no answer" in reader.read(0.05).faults[0].reason
     timer = threading.Timer(0.2, nvml.cards[0].gate.set)
     timer.start()
-    eventually(lambda: ids(reader.read(10.0)) == [0])
+    eventually(lambda: ids(reader.read(60.0)) == [0])
     timer.join()
 
 
@@ -306,7 +306,7 @@ def test_nvml_a_driver_that_hangs_at_the_start(open_nvml):
         with pytest.raises(devices.DeviceError, match="no answer from the driver"):
             reader.read(0.05)
     nvml.init_gate.set()
-    assert ids(reader.read(10.0)) == [0]
+    assert ids(reader.read(60.0)) == [0]
 
 
 def test_nvml_without_a_driver(open_nvml):
@@ -315,20 +315,20 @@ def test_nvml_without_a_driver(open_nvml):
     nvml.init_error = nvml.NVMLError_DriverNotLoaded()
     reader = open_nvml(nvml)
     with pytest.raises(devices.DeviceError, match="Driver Not Loaded"):
-        reader.read(10.0)
+        reader.read(60.0)
     nvml.init_error = None
-    assert ids(reader.read(10.0)) == [0]
+    assert ids(reader.read(60.0)) == [0]
 
 
 def test_nvml_after_the_driver_was_reloaded(open_nvml):
     """A reload of the driver costs no reading, and cards that came with it are seen."""
     nvml = FakeNvml(1)
     reader = open_nvml(nvml)
-    reader.read(10.0)
+    reader.read(60.0)
     nvml.loaded = False
     nvml.cards.append(FakeCard(1))
 
-    assert ids(reader.read(10.0)) == [0, 1]
+    assert ids(reader.read(60.0)) == [0, 1]
     assert nvml.inits == 2
 
 
@@ -344,21 +344,21 @@ def test_nvml_offers_the_instances_of_a_partitioned_card(open_nvml):
             instance.used = 1000 * MIB
             instance.temperature = instance.power = instance.limit = nvml.NVMLError_NotSupported()
     nvml.cards[1].mig = instances
-    sample = open_nvml(nvml).read(10.0)
+    sample = open_nvml(nvml).read(60.0)
 
     assert ids(sample) == [0, 1100, 1102]
     assert [gpu.uuid for gpu in sample.gpus[1:]] == ["MIG-0", "MIG-2"]
     assert sample.gpus[1].memory_usage_percent == 10.0
     assert sample.gpus[1].utilization_percent is None
-    assert ids(open_nvml(nvml, Mask("MIG-2")).read(10.0)) == [1102]
-    assert ids(open_nvml(nvml, Mask("1")).read(10.0)) == [1100, 1102]
+    assert ids(open_nvml(nvml, Mask("MIG-2")).read(60.0)) == [1102]
+    assert ids(open_nvml(nvml, Mask("1")).read(60.0)) == [1100, 1102]
 
 
 def test_nvml_a_partitioned_card_without_instances_is_a_fault(open_nvml):
     """A MIG card without instances is of no use to CUDA, so it is not offered, and says why."""
     nvml = FakeNvml(1)
     nvml.cards[0].mig = []
-    sample = open_nvml(nvml).read(10.0)
+    sample = open_nvml(nvml).read(60.0)
 
     assert sample.gpus == ()
     assert "MIG is enabled" in sample.faults[0].reason
@@ -367,11 +367,11 @@ def test_nvml_a_partitioned_card_without_instances_is_a_fault(open_nvml):
 def test_nvml_obeys_the_mask(open_nvml):
     """Only cards in CUDA_VISIBLE_DEVICES are shown, under the numbers of the system."""
     nvml = FakeNvml(4)
-    assert ids(open_nvml(nvml, Mask("3,1")).read(10.0)) == [1, 3]
-    assert ids(open_nvml(nvml, Mask("GPU-00000002")).read(10.0)) == [2]
+    assert ids(open_nvml(nvml, Mask("3,1")).read(60.0)) == [1, 3]
+    assert ids(open_nvml(nvml, Mask("GPU-00000002")).read(60.0)) == [2]
     nothing = FakeNvml(4)
     nothing.init_gate.clear()
-    assert open_nvml(nothing, Mask("")).read(10.0).gpus == ()
+    assert open_nvml(nothing, Mask("")).read(60.0).gpus == ()
 
 
 def test_nvml_a_card_that_never_answered_hides_no_masked_one(open_nvml, monkeypatch):
@@ -385,7 +385,7 @@ def test_nvml_a_card_that_never_answered_hides_no_masked_one(open_nvml, monkeypa
 
     nvml.nvmlDeviceGetHandleByIndex = hang
     nvml.cards[0].gate.clear()
-    assert ids(open_nvml(nvml, Mask("GPU-00000000,GPU-00000001")).read(0.1)) == [1]
+    assert ids(open_nvml(nvml, Mask("GPU-00000000,GPU-00000001")).read(2.0)) == [1]
 
 
 def test_nvml_closes_at_once_while_a_card_hangs():
@@ -397,7 +397,7 @@ def test_nvml_closes_at_once_while_a_card_hangs():
     begin = time.monotonic()
     reader.close()
     reader.close()
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < 20.0
     assert nvml.shutdowns == 0
     nvml.release()
     with pytest.raises(devices.DeviceError, match="closed"):
@@ -408,7 +408,7 @@ def test_nvml_shuts_the_library_down(open_nvml):
     """Closing gives the driver back and ends all threads."""
     nvml = FakeNvml(2)
     reader = open_nvml(nvml)
-    reader.read(10.0)
+    reader.read(60.0)
     reader.close()
     assert nvml.shutdowns == 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpupool-nvml")]
@@ -509,7 +509,7 @@ def smi(tmp_path):
 
 def test_smi_reads_every_field(smi):
     """What nvidia-smi prints arrives field by field, and what it does not know is None."""
-    sample = smi.reader().read(10.0)
+    sample = smi.reader().read(60.0)
 
     first, second = sample.gpus
     assert (first.local_gpu_id, first.uuid, first.name) == (0, "GPU-aa11", "NVIDIA A100-SXM4-80GB")
@@ -532,7 +532,7 @@ def test_smi_reads_every_field(smi):
 
 def test_smi_tells_who_computes(smi):
     """Compute processes are told with their card; a card without any has an empty list."""
-    first, second = smi.reader().read(10.0).gpus
+    first, second = smi.reader().read(60.0).gpus
 
     mine, other = first.processes
     assert (os.getpid(), getpass.getuser(), 4000.0) == (mine.pid, mine.user, mine.memory_mb)
@@ -543,7 +543,7 @@ def test_smi_tells_who_computes(smi):
 def test_smi_without_a_list_of_processes(smi):
     """If nvidia-smi cannot list the processes they are unknown, not absent; the readings stay."""
     smi.say(GPUS, "Failed\n", apps_status=9)
-    assert [gpu.processes for gpu in smi.reader().read(10.0).gpus] == [None, None]
+    assert [gpu.processes for gpu in smi.reader().read(60.0).gpus] == [None, None]
 
 
 def test_smi_of_an_old_version(smi):
@@ -555,8 +555,8 @@ def test_smi_of_an_old_version(smi):
         f" *compute-apps*) exit 0;; esac\ncat {smi.folder}/old\n"
     )
     reader = smi.reader()
-    assert ids(reader.read(10.0)) == [0, 1]
-    assert ids(reader.read(10.0)) == [0, 1]
+    assert ids(reader.read(60.0)) == [0, 1]
+    assert ids(reader.read(60.0)) == [0, 1]
     assert sum("mig.mode" in call for call in smi.calls()) == 1
 
 
@@ -569,7 +569,7 @@ def test_smi_a_lost_card(smi):
         + "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system\n",
         status=15,
     )
-    sample = smi.reader().read(10.0)
+    sample = smi.reader().read(60.0)
 
     assert ids(sample) == [0]
     assert GPUFault("GPU is lost", 1, "GPU-bb22", "Tesla T4") == sample.faults[0]
@@ -583,7 +583,7 @@ def test_smi_a_card_without_readings_or_partitioned(smi):
         f"0, GPU-aa11, X, {nothing}, {nothing}, {nothing}, {nothing}, {nothing}, {nothing}, Disabled\n"
         "1, GPU-bb22, Y, 40960, 10, [N/A], 33, 61.50, 400.00, Enabled\n"
     )
-    sample = smi.reader().read(10.0)
+    sample = smi.reader().read(60.0)
     assert sample.gpus == ()
     assert "no readings" in sample.faults[0].reason
     assert "MIG" in sample.faults[1].reason
@@ -592,13 +592,13 @@ def test_smi_a_card_without_readings_or_partitioned(smi):
 def test_smi_without_cards_or_driver(smi):
     """No devices is an empty sample; no driver is an error in nvidia-smi's words."""
     smi.say("No devices were found\n", status=6)
-    assert smi.reader().read(10.0).gpus == ()
+    assert smi.reader().read(60.0).gpus == ()
     smi.say("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", status=9)
     with pytest.raises(devices.DeviceError, match=r"status 9.*couldn't communicate"):
-        smi.reader().read(10.0)
+        smi.reader().read(60.0)
     smi.program.unlink()
     with pytest.raises(devices.DeviceError, match="cannot be started"):
-        smi.reader().read(10.0)
+        smi.reader().read(60.0)
 
 
 def test_smi_that_hangs_is_killed_with_its_children(smi):
@@ -606,8 +606,8 @@ def test_smi_that_hangs_is_killed_with_its_children(smi):
     smi.run(f"sleep 300 & echo $! > {smi.folder}/child; wait\n")
     begin = time.monotonic()
     with pytest.raises(devices.DeviceError, match="no answer for"):
-        smi.reader().read(1.0)
-    assert time.monotonic() - begin < 10.0
+        smi.reader().read(4.0)
+    assert time.monotonic() - begin < 60.0
 
     def gone() -> bool:
         child = int((smi.folder / "child").read_text())
@@ -630,7 +630,7 @@ def test_smi_that_cannot_be_killed_is_left_alone(smi, monkeypatch):
     with pytest.raises(devices.DeviceError, match="no answer for"):
         reader.read(0.2)
     with pytest.raises(devices.DeviceError, match="cannot be killed"):
-        reader.read(10.0)
+        reader.read(60.0)
     assert len(smi.calls()) <= 1
 
     smi.say(GPUS)
@@ -638,7 +638,7 @@ def test_smi_that_cannot_be_killed_is_left_alone(smi, monkeypatch):
 
     def readable():
         try:
-            return reader.read(10.0)
+            return reader.read(60.0)
         except devices.DeviceError:
             return None
 
@@ -647,10 +647,10 @@ def test_smi_that_cannot_be_killed_is_left_alone(smi, monkeypatch):
 
 def test_smi_obeys_the_mask(smi):
     """The mask holds here as for NVML; with nothing visible the program is not even run."""
-    assert ids(smi.reader(Mask("GPU-bb")).read(10.0)) == [1]
-    assert ids(smi.reader(Mask("0")).read(10.0)) == [0]
+    assert ids(smi.reader(Mask("GPU-bb")).read(60.0)) == [1]
+    assert ids(smi.reader(Mask("0")).read(60.0)) == [0]
     before = len(smi.calls())
-    assert smi.reader(Mask("")).read(10.0).gpus == ()
+    assert smi.reader(Mask("")).read(60.0).gpus == ()
     assert before == len(smi.calls())
 
 
@@ -680,7 +680,7 @@ def test_without_any_way_to_read(no_library, monkeypatch, tmp_path):
 def test_nvidia_smi_stands_in_for_the_library(no_library, monkeypatch, smi):
     """Without NVML the program on the PATH is used."""
     monkeypatch.setenv("PATH", f"{smi.folder}:{os.environ['PATH']}")
-    assert ids(devices.open_reader().read(10.0)) == [0, 1]
+    assert ids(devices.open_reader().read(60.0)) == [0, 1]
 
 
 def test_the_library_is_preferred(monkeypatch, smi):

@@ -40,6 +40,6 @@ def test_threads_of_a_pool_import_nothing():
     """
     with FakeFleet([1]) as fleet:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, fleet[0].url], capture_output=True, text=True, timeout=50.0, check=False
+            [sys.executable, "-c", _PROGRAM, fleet[0].url], capture_output=True, text=True, timeout=150.0, check=False
         )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

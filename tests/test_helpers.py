@@ -208,7 +208,7 @@ def _run_pytest(tmp_path: Path, source: str, **environment: str) -> str:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     return done.stdout + done.stderr

@@ -425,7 +425,7 @@ def python_of(uid) -> str | None:
                 env={**os.environ, "PYTHONPATH": PATH},
                 capture_output=True,
                 check=False,
-                timeout=30,
+                timeout=120,
             )
             if done.returncode == 0:
                 return python

@@ -256,7 +256,7 @@ def contain(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=50,
+            timeout=150,
             env={**os.environ, "PYTHONPATH": PATH},
             **options,
         )
