@@ -48,7 +48,7 @@ def eventually(
         pause.wait(tick)
 
 
-def run_threads(n: int, fn: Callable[[int], T], timeout: float = 60.0) -> list[T]:
+def run_threads(n: int, fn: Callable[[int], T], timeout: float = 150.0) -> list[T]:
     """
     Run ``fn(0)`` to ``fn(n - 1)`` in threads that start at the same moment; return their results in that
     order.

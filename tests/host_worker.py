@@ -1,8 +1,8 @@
 """
 A process that acquires and releases as it is told, for tests of the host's arbiter.
 
-Reads commands from standard input, one a line, and answers each with one line of JSON.  Run with the number of cards;
-its cards are invented, its locks are real.
+Reads commands from standard input, one a line, and answers each with one line of JSON.  Run with the number of cards
+and a name; its cards are invented, its locks are real.  `ANSWER_TIME` in the environment is that of the tickets.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 
 from cards import HERE, Cards
 from gpupool_sync import AcquireTimeout, GPUPool, devices
+from gpupool_sync.leases import tickets
 from helpers import HoldLog
 
 
 def main() -> None:
     number, name = int(sys.argv[1]), sys.argv[2]
+    tickets.ANSWER_TIME = float(os.environ["ANSWER_TIME"])
     devices.open_reader = lambda: Cards(number)  # type: ignore[assignment]
     devices.host_identity = lambda: HERE  # type: ignore[assignment]
     pool = GPUPool(poll_interval=60.0, name=name)

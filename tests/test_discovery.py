@@ -604,7 +604,7 @@ def test_changes_by_many_threads(two):
         for each in changers:
             each.start()
         try:
-            run_threads(4, work, timeout=50)
+            run_threads(4, work)
         finally:
             stop.set()
             for each in changers:

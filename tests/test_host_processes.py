@@ -20,6 +20,7 @@ import pytest
 from gpupool_sync.errors import ConfigError, LeaseStoreError
 from gpupool_sync.leases import host
 from gpupool_sync.leases.host import HostStore, default_directory
+from gpupool_sync.leases.tickets import ANSWER_TIME
 from helpers import HoldLog, eventually, run_threads
 
 HERE = Path(__file__).parent
@@ -31,9 +32,14 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reas
 
 
 class Worker:
-    """A `host_worker.py` process."""
+    """
+    A `host_worker.py` process.
 
-    def __init__(self, directory, cards, name, user=None, python=sys.executable, prefix=()) -> None:
+    Who waits is given *patience* seconds to answer a hint before it is passed over: on a busy machine a process that
+    is well may need more than the second that it has otherwise.
+    """
+
+    def __init__(self, directory, cards, name, user=None, python=sys.executable, prefix=(), patience=60.0) -> None:
         self.process = subprocess.Popen(
             [*prefix, python, "-W", "error", str(HERE / "host_worker.py"), str(cards), name],
             stdin=subprocess.PIPE,
@@ -43,7 +49,13 @@ class Worker:
             group=user,
             extra_groups=[] if user is not None else None,
             cwd="/",
-            env={**os.environ, "PYTHONPATH": PATH, "GPU_POOL_LOCK_DIR": str(directory), "HOME": "/"},
+            env={
+                **os.environ,
+                "PYTHONPATH": PATH,
+                "GPU_POOL_LOCK_DIR": str(directory),
+                "HOME": "/",
+                "ANSWER_TIME": str(patience),
+            },
         )
         self.pid = self.answer()["ready"]
 
@@ -85,11 +97,12 @@ class Worker:
 
 
 @pytest.fixture
-def directory(tmp_path):
-    path = tmp_path / "locks"
-    path.mkdir()
+def directory():
+    """Not in pytest's: each start of another pytest takes the others' way into that, and they are users here."""
+    path = Path(tempfile.mkdtemp(prefix="gpupool-test-"))
     path.chmod(0o1777)
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -170,7 +183,7 @@ def test_a_killed_waiter_is_passed_over(workers, directory):
 
 def test_a_stopped_waiter_is_passed_over_and_keeps_its_place(workers, directory):
     """A suspended waiter delays the next one by a moment only, and is served when it goes on."""
-    holder, stopped, next_one = workers("holder", "stopped", "next")
+    holder, stopped, next_one = workers("holder", "stopped", "next", patience=ANSWER_TIME)
     holder.ask("acquire 20")
     stopped.tell("acquire 50")
     queued(directory, 1)
@@ -251,9 +264,9 @@ def as_root(test):
 
 
 @pytest.fixture
-def others_python(tmp_path):
+def others_python(directory):
     """An interpreter that other users may run, with a way for them to the locks."""
-    for parent in (tmp_path, *tmp_path.parents):
+    for parent in directory.parents:
         if not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o011)
     python = python_of(65534)

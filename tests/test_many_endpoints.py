@@ -91,7 +91,7 @@ def test_no_two_holders_overlap(pool):
             with pool.gpu(timeout=60) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
                 pass
 
-    run_threads(12, work, timeout=100)
+    run_threads(12, work)
     assert len(log.holds()) == 480
     assert log.overlaps() == []
     assert log.token_regressions() == []

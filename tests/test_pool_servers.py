@@ -267,7 +267,7 @@ def test_a_flapping_server_neither_leaks_nor_blocks(pool, fleet):
                 with pool.gpu(timeout=30) as gpu, log.holding(gpu.uuid, gpu.fencing_token):
                     pass
 
-        run_threads(10, work, timeout=50)
+        run_threads(10, work)
     finally:
         stop.set()
         flapper.join()
