@@ -647,6 +647,7 @@ class _Exchange:
 
 class _Current(threading.local):
     exchange: _Exchange | None = None
+    wrapping: _TLSSocket | None = None  # made of a plain socket, not returned by `ssl` yet
 
 
 _current = _Current()
@@ -691,6 +692,11 @@ class _Socket(_Bounded, socket.socket):
 class _TLSSocket(_Bounded, ssl.SSLSocket):
     """One that `ssl` makes of a plain one, taking over its descriptor."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> _TLSSocket:
+        made = super().__new__(cls, *args, **kwargs)
+        _current.wrapping = made
+        return made
+
     def do_handshake(self, block: bool = False) -> None:
         if (exchange := _current.exchange) is not None:
             exchange.arm(self)
@@ -715,6 +721,18 @@ class _TLSContext(ssl.SSLContext):
     def settle(self) -> None:
         super().set_alpn_protocols(["http/1.1"])
         self._settled = True
+
+    def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
+        try:
+            return super().wrap_socket(*args, **kwargs)
+        except BaseException:
+            # The plain socket has given its descriptor away by then, and what has it `ssl` closes only where the
+            # handshake fails: not where the peer was gone before it (CPython 3.11).
+            if _current.wrapping is not None:
+                _current.wrapping.close()
+            raise
+        finally:
+            _current.wrapping = None
 
     def set_alpn_protocols(self, alpn_protocols: Any) -> None:
         if not self._settled:

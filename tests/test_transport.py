@@ -19,6 +19,7 @@ import pytest
 import responses
 
 import servers
+from gpupool_sync import transport as transport_module
 from gpupool_sync.clock import Deadline
 from gpupool_sync.config import Endpoint
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
@@ -355,6 +356,35 @@ def test_a_hostile_server_costs_one_clear_error(name, kept, recwarn, caplog):
         eventually(lambda: descriptors() <= before)
     assert not recwarn.list
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_reset_before_the_handshake_leaves_no_descriptor(authority, monkeypatch):
+    """
+    A server that hangs up before TLS begins; Python itself forgets to close the socket that it has just made.
+    """
+
+    def hang_up(connection: Connection) -> None:
+        connection.wait_for_release()
+        connection.reset()
+
+    connect = transport_module._connected
+    with (
+        Server(servers.before_tls(hang_up), tls=authority.context()) as server,
+        opened(server.url, verify=authority.ca_path, max_retries=0) as transport,
+    ):
+
+        def connected_and_reset(connection: Any) -> Any:
+            sock = connect(connection)
+            server.release()
+            eventually(lambda: not connections_to(server.port))
+            return sock
+
+        monkeypatch.setattr(transport_module, "_connected", connected_and_reset)
+        before = descriptors()
+        error = failure(transport)
+        assert isinstance(error, EndpointUnavailable)
+        # While the error is kept, and with it the frames in its traceback.
+        assert descriptors() <= before
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
