@@ -191,7 +191,7 @@ def test_simulated_cards_show_their_leases():
         assert eventually(lambda: loads() == [0.0, LEASED_UTILIZATION_PERCENT])
         gpu.release()
         assert eventually(lambda: loads() == [0.0, 0.0])
-        store = HTTPStore(Endpoint(fleet.urls[0]), Settings(ttl=4.0))
+        store = HTTPStore(Endpoint(fleet.urls[0]), Settings(ttl=4.0, endpoint_timeout=60.0))
         uuid = gpu.uuid
         assert uuid is not None
         claim = Claim(id="a", holder=pool._state.holder, groups=((Wanted(uuid, None),),), ttl=4.0)

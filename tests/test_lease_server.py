@@ -49,7 +49,7 @@ def stores():
     with contextlib.ExitStack() as ending:
 
         def make(url, clock=boottime, **settings):
-            store = HTTPStore(Endpoint(url), Settings(**settings), clock=clock)
+            store = HTTPStore(Endpoint(url), Settings(**{"endpoint_timeout": 60.0, **settings}), clock=clock)
             ending.callback(store.close)
             return store
 
@@ -63,7 +63,7 @@ def local(path, **options):
 
 def ask(url, method, path, body=None, content_type="application/json", headers=None):
     """One request; status, headers, document."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=90)
     try:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         extra = {} if content_type is None else {"Content-Type": content_type}
@@ -539,7 +539,7 @@ def poll(url, holder, timeout=25) -> socket.socket:
     place = urlsplit(url)
     body = json.dumps({"holder": holder, "timeout": timeout}).encode()
     head = f"POST /v1/wait HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection = socket.create_connection((place.hostname, place.port), timeout=30)
+    connection = socket.create_connection((place.hostname, place.port), timeout=90)
     connection.sendall(head.encode() + body)
     return connection
 
@@ -614,7 +614,7 @@ def test_a_body_that_is_too_large_is_refused(url):
     chunked = [b"Transfer-Encoding: chunked\r\n\r\n", *[b"10000\r\n" + b" " * 0x10000 + b"\r\n"] * 16, b"1\r\n "]
     place = urlsplit(url)
     for pieces in (announced, chunked):
-        with socket.create_connection((place.hostname, place.port), timeout=30) as connection:
+        with socket.create_connection((place.hostname, place.port), timeout=90) as connection:
             for piece in (head, *pieces):
                 connection.sendall(piece)
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -734,7 +734,7 @@ def test_what_is_no_clear_answer_grants_nothing(stores):
     with FakeFleet([1]) as fleet:
         server = fleet[0]
         store = stores(server.url, endpoint_timeout=2.0, endpoint_max_retries=0)
-        patient = stores(server.url, endpoint_timeout=30.0)
+        patient = stores(server.url, endpoint_timeout=60.0)
         card = uuids(server.url)[0]
         for trouble in (server.kill, server.freeze, server.fail, server.error_body, server.hang):
             trouble()

@@ -65,7 +65,7 @@ class Listening(HTTPStore):
 def store(request, clock, tmp_path) -> Iterator[LeaseStore]:
     if request.param == "http":
         with server_of_leases(tmp_path / "locks", clock=clock, ticket_ttl=3600.0) as url:
-            made = Listening(Endpoint(url), Settings(), clock=clock)
+            made = Listening(Endpoint(url), Settings(endpoint_timeout=60.0), clock=clock)
             yield made
             made.close()
         return
