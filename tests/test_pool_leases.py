@@ -104,7 +104,9 @@ def test_leases_are_renewed_while_they_are_held(fleet):
     with make_pool(fleet, ttl=3.0) as pool, pool.gpu(timeout=20) as gpu:
         store = pool._state.engine.store_of(gpu.endpoint_id)
         first = pool._state.engine.keeper.good_until(gpu._tie.grant.id)
-        eventually(lambda: pool._state.engine.keeper.good_until(gpu._tie.grant.id) > first + 6.0, message="two ttls pass")
+        eventually(
+            lambda: pool._state.engine.keeper.good_until(gpu._tie.grant.id) > first + 6.0, message="two ttls pass"
+        )
         gpu.check()
         assert store.is_held(gpu.uuid)
 

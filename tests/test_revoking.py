@@ -135,6 +135,7 @@ def test_the_gpu_of_somebody_else_needs_force(pool):
 def test_a_closed_card_opens_when_its_memory_is_empty(pool, cards):
     """What the last holder left there keeps everybody out until a reading shows that it is gone."""
     cards.set(0, memory_used_mb=4000.0, memory_usage_percent=5.0, processes=None)
+    pool.refresh()  # an older reading shows it empty, and explain() believes that
     gpu = pool.acquire(timeout=10)
     take(pool)
     eventually(lambda: gpu.released)
