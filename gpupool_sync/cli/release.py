@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from gpupool_sync.cli._common import Seconds, client_options, looking_pool, plain, print_json, seconds
+from gpupool_sync.cli._common import PATIENCE, Seconds, client_options, looking_pool, plain, print_json, seconds
 from gpupool_sync.errors import LeaseStoreError, NoSuchGPU
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ LOOK = 0.2
 @click.option(
     "--wait",
     type=Seconds(min=0, max=3600),
-    default=5.0,
+    default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for the holders to let go.",
+    help="How long to wait for the holders to let go; those of a server or Redis hear of it when they renew next.",
 )
 @client_options
 def release(
@@ -91,9 +92,16 @@ def _key(lease: LeaseStatus) -> tuple[str, int, str]:
 
 def _wait(pool: GPUPool, revoked: Sequence[LeaseStatus], wait: float) -> list[LeaseStatus]:
     """Those that are still held when all are given back, or the time is over."""
-    end = time.monotonic() + wait
+    begin = time.monotonic()
+    end, told = begin + wait, not sys.stderr.isatty()
     left = list(revoked)
     while left:
+        if not told and time.monotonic() - begin > PATIENCE:
+            told = True
+            by_ttl = any(lease.expires_in is not None for lease in left)
+            when = ", which hears of it when it renews its lease, each 20 s as a rule" if by_ttl else ""
+            holders = ", ".join(dict.fromkeys(plain(lease.holder) for lease in left))
+            click.echo(f"waiting for up to {wait:g} s (--wait) for {holders}{when}", err=True)
         state = pool.leases()
         if state.problems:
             raise LeaseStoreError("; ".join(state.problems))
