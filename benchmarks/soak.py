@@ -57,6 +57,8 @@ PATIENCE = 15.0
 RECOVERY = 3.0
 #: Seconds from one outage of the arbiter to the next, at least.
 OUTAGES = 10.0
+#: Seconds that a restart of the arbiter may take on a machine that has far too much to do; it counts as outage.
+PATIENT = 300.0
 #: What makes it unreachable: each kind has its turn.
 OUTAGES_OF = ("kill arbiter", "freeze arbiter", "one-way", "blackhole")
 #: The one more where its files have a disk of their own.
@@ -706,7 +708,7 @@ class _Server(Arbiter):
         self._fleet[0].kill()
 
     def restart(self) -> None:
-        self._fleet[0].restart()
+        self._fleet[0].restart(PATIENT)
         self.proxies[0].refuse(False)
 
     def freeze(self) -> None:
