@@ -278,3 +278,7 @@ class EndpointView:
     #: Mean response time over the last successes; None before the first.
     response_time_ms: float | None = None
     is_local: bool = False
+    #: Seconds since the server looked at its cards.
+    age: float = 0.0
+    #: Cards per second that others take lately, of all the endpoints that the pool watches.
+    rivals_per_second: float = 0.0

@@ -177,17 +177,22 @@ def _forget_oldest(memory: dict[str, Any], endpoints: Sequence[EndpointView]) ->
 class Availability(CountingStrategy):
     """
     The endpoint with the largest free share of its cards first; in a crowd, a draw by the number of free
-    cards.
+    cards, the fresh readings before the old ones.
 
     Shares within 5 percentage points of the best count as equal; then the larger number of free cards goes
     first, then chance decides.
 
-    Every pool sees about the same seconds-old readings, so "best first" sends all of them to one server.  A
-    pool cannot know that it is alone, but one that is refused knows that it is not.  From a refusal on it
-    draws, until `CALM` claims in a row were granted; if going back to best first is soon refused, the crowd
-    is still there, and each time that happens it draws twice as long.  Grants are counted, not seconds: who
-    runs jobs of ten minutes asks six times an hour, and evidence that ages by the clock would be gone by the
-    next request.
+    Every pool sees about the same seconds-old readings, so "best first" sends all of them to one server.  There
+    are two signs of a crowd.  Readings show how many cards others have taken lately: if those who did so since
+    the reading of the best endpoint may have emptied half of it, this one draws.  And a refusal: from then on it
+    draws, until `CALM` claims in a row were granted; if going back to best first is soon refused, the crowd is
+    still there, and each time that happens it draws twice as long.  Grants are counted, not seconds: who runs
+    jobs of ten minutes asks six times an hour, and evidence that ages by the clock would be gone by the next
+    request.  Who is alone sees neither sign and always gets the best.
+
+    In a crowd a card that is seen free is soon gone, so a fresh reading is worth more than many free cards: each
+    `FADING` seconds of age divide an endpoint's chance by e.  Pools poll at moments of their own, so each of
+    them has others that are fresh.
 
     `spread=False` always takes the highest share first.  With a `seed` the choices repeat.
     """
@@ -198,6 +203,8 @@ class Availability(CountingStrategy):
     #: LONGEST_CALM.
     CALM = 8
     LONGEST_CALM = 256
+    #: In a crowd a reading that is so many seconds older counts for 1/e of a fresh one.
+    FADING = 0.25
 
     def __init__(self, spread: bool = True, seed: int | None = None) -> None:
         super().__init__()
@@ -213,8 +220,10 @@ class Availability(CountingStrategy):
         """Return *endpoints* best first, or, in a crowd, drawn in proportion to their free cards."""
         if not endpoints:
             return endpoints
-        crowd = self._draws_left > 0  # one read of an int; a feedback at this very moment may count or not
-        ordered = self._draw(endpoints) if crowd else self._best_first(endpoints)
+        # One read of an int; a feedback at this very moment may count or not.
+        ordered = [] if self._draws_left else self._best_first(endpoints)
+        if not ordered or (self._spread and self._soon_taken(ordered[0])):
+            ordered = self._draw(endpoints)
         with self._lock:
             self._count_decision_locked(ordered)
         return ordered
@@ -267,11 +276,19 @@ class Availability(CountingStrategy):
             start = end
         return [endpoints[index] for index in ordered]
 
+    @staticmethod
+    def _soon_taken(best: EndpointView) -> bool:
+        # If all who took something since its reading took it there, more than half of what it showed is gone.
+        return best.rivals_per_second * best.age > 0.5 * best.free_gpus
+
     def _draw(self, endpoints: Sequence[EndpointView]) -> list[EndpointView]:
         # A weighted random permutation (Efraimidis and Spirakis): by exponential variates whose rates are the
-        # weights.  1 - chance() is never 0.  What has nothing free comes last, in random order.
-        chance, log = self._random.random, math.log
-        keys = [-log(1.0 - chance()) / view.free_gpus if view.free_gpus > 0 else 1e9 + chance() for view in endpoints]
+        # weights, here their logarithms.  1 - chance() is never 0.  What has nothing free comes last, in random order.
+        chance, log, fading = self._random.random, math.log, self.FADING
+        keys = [
+            log(-log(1.0 - chance()) / view.free_gpus) + view.age / fading if view.free_gpus > 0 else 1e9 + chance()
+            for view in endpoints
+        ]
         return [endpoints[index] for index in sorted(range(len(keys)), key=keys.__getitem__)]
 
     def _settings(self) -> tuple[Any, ...]:

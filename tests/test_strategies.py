@@ -12,6 +12,7 @@ import pickle
 import threading
 
 import pytest
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -252,6 +253,58 @@ def test_without_spreading_the_highest_share_is_first(endpoints):
         (v.free_gpus / v.total_gpus if v.total_gpus else 0.0, v.free_gpus) for v in strategy.order(endpoints, REQUEST)
     ]
     assert keys == sorted(keys, reverse=True)
+
+
+def test_who_is_alone_gets_the_best_however_old_its_readings_are():
+    """
+    Without rivals and without a refusal nothing is drawn.
+    """
+    strategy = Availability(seed=1)
+    best, fresh = evolve(view("best", 8, 5), age=20.0), evolve(view("fresh", 8, 1), age=0.0)
+
+    for _ in range(50):
+        assert strategy.order([fresh, best], REQUEST)[0] == best
+        strategy.feedback("best", granted=True)
+
+
+def test_rivals_make_a_crowd_before_the_first_refusal():
+    """
+    If others may have emptied half of the best endpoint since it was read, not everybody goes there.
+    """
+
+    def first_choices(rivals_per_second):
+        endpoints = [
+            evolve(view(name, 8, free), age=2.0, rivals_per_second=rivals_per_second)
+            for name, free in (("best", 4), ("good", 3))
+        ]
+        return set(firsts(Availability(seed=1), endpoints, 100))
+
+    assert first_choices(1.0) == {"best"}
+    assert first_choices(1.1) == {"best", "good"}
+
+
+def test_strict_is_strict_whatever_rivals_do():
+    """
+    `spread=False` takes the highest share literally.
+    """
+    endpoints = [evolve(view(name, 8, free), age=9.0, rivals_per_second=9.0) for name, free in (("a", 4), ("b", 3))]
+
+    assert set(firsts(Availability(spread=False), endpoints, 50)) == {"a"}
+
+
+def test_in_a_crowd_fresh_readings_go_first():
+    """
+    A second of age is worth more than four times the free cards; what is full stays last.
+    """
+    endpoints = [evolve(view("old", 8, 8), age=1.0), evolve(view("new", 8, 2), age=0.0), view("full", 8, 0)]
+    strategy, counts = crowded(seed=4), collections.Counter()
+    for _ in range(10_000):
+        ordered = [v.endpoint_id for v in strategy.order(endpoints, REQUEST)]
+        assert ordered[2] == "full"
+        counts[ordered[0]] += 1
+
+    share = 2.0 / (2.0 + 8.0 * math.exp(-1.0 / Availability.FADING))
+    assert abs(counts["new"] - 10_000 * share) < 5 * math.sqrt(10_000 * share * (1 - share))
 
 
 def test_near_ties_go_by_count():
