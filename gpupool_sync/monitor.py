@@ -11,6 +11,7 @@ import heapq
 import itertools
 import logging
 import queue
+import random
 import threading
 import time
 from collections import deque
@@ -45,6 +46,9 @@ NUDGE_GAP = 0.5
 STRAGGLERS = 0.25
 
 
+# Not the generator of `random`, whose state programs set, and forked ones share.
+_chance = random.SystemRandom().random
+
 #: What is on the schedule: endpoints, and sources of endpoints.
 Polled = Union[PolledEndpoint, Watch]  # noqa: UP007 - an alias that runs on Python 3.10
 
@@ -56,6 +60,7 @@ class _Entry:
         "asked",
         "began",
         "due",
+        "early",
         "endpoint",
         "lane",
         "next_round",
@@ -76,6 +81,7 @@ class _Entry:
         self.not_before = 0.0  # the server asked to be left alone until then
         self.run: object = None  # the poll that is under way; another one than this is out of date
         self.running = False
+        self.early = 2  # so many polls still come early, at random
         self.queued = False
         self.lane = "fast"
         # Who waits for the poll that is under way, and who for the one after it: a caller of refresh() must not be
@@ -398,8 +404,13 @@ class Monitor:
         _settle(entry.round)
         if self._entries.get(entry.endpoint.id) is not entry:
             return
+        if entry.early and not entry.endpoint.sick:
+            # All are read at the opening. The next polls come up to half an interval early, which spreads them:
+            # some reading is always fresh, and a hundred scripts that start together do not go on polling together.
+            entry.early -= 1
+            pause *= 1.0 - 0.5 * _chance()
         # Counted from the beginning: a slow answer must not stretch the interval, nor cause a burst.
-        due = begin + pause
+        due = begin + max(pause, asked or 0.0)
         if entry.asked is not None:
             due = min(due, max(entry.asked, entry.not_before))
             entry.asked = None

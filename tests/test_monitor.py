@@ -70,6 +70,21 @@ def start():
         assert made.stop(20)
 
 
+def test_polls_are_spread_over_the_interval(start):
+    """Endpoints that were first read together are not read together from then on; who asks for patience gets it."""
+    endpoints = [Endpoint(f"e{n}") for n in range(40)]
+    patient = Endpoint("patient")
+    patient.error = EndpointUnavailable("patient", "too many requests", retry_after=60.0)
+    monitor = start(*endpoints, patient)
+    entries = {entry.endpoint.id: entry for entry in monitor._entries.values()}
+    eventually(lambda: all(not entry.running and entry.due > entry.began for entry in entries.values()))
+
+    pauses = {name: entry.due - entry.began for name, entry in entries.items()}
+    assert pauses.pop("patient") >= 59.9
+    assert all(29.9 <= pause <= 61.0 for pause in pauses.values())
+    assert max(pauses.values()) - min(pauses.values()) > 5.0
+
+
 def test_results_arrive_one_by_one(start):
     """An endpoint that hangs delays nobody else's result."""
     gate = threading.Event()
