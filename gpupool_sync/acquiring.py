@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from random import SystemRandom
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from gpupool_sync.arbiters import warn_of_scope
+from gpupool_sync.asking import Tickets, attempts, ordered, promising
 from gpupool_sync.callers import user_stacklevel
 from gpupool_sync.choosing import is_empty
 from gpupool_sync.clock import Deadline, boottime
@@ -26,7 +28,7 @@ from gpupool_sync.holding import collect_dropped
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import Claim, Granted, LeaseStore, NotAsked, Queued, Share, Wanted
 from gpupool_sync.looking import MANY_ENDPOINTS, Seen, glance, look, room_of, screened_for, unknown_names
-from gpupool_sync.models import Card, GPUFault, GPURequest
+from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest
 from gpupool_sync.reporting import describe, explain
 from gpupool_sync.state import Engine, PoolState, all_grants
 from gpupool_sync.waiting import Waiter, listener
@@ -34,6 +36,7 @@ from gpupool_sync.waiting import Waiter, listener
 if TYPE_CHECKING:
     from gpupool_sync.progress import Progress
     from gpupool_sync.status import Explanation
+    from gpupool_sync.strategies import CountingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadli
     if request.exclude:
         _warn_of_unknown(state, engine, request.exclude)
     state.counters.add("requests")
+    if request.endpoint and (new := engine.want(request.endpoint)):
+        _read(state, engine, new, deadline)
     claims = 0
     # Where somebody waits already, a claim without a ticket would be refused: the first one leaves it. With many
     # endpoints a claim for all of their cards costs more than that.
@@ -89,6 +94,8 @@ def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadli
         engine.inherited.check()  # what it was taken from may have ended in between
     grant.begun_at = time.monotonic()
     assert grant.snapshot is not None
+    if not len(state.waiting):
+        engine.narrow(grant.snapshot.endpoint_id)
     state.counters.granted(
         grant.snapshot.endpoint_id,
         grant.begun_at - grant.asked_at,
@@ -112,14 +119,18 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
     _require_possible(state, engine, request)
     claims = 0
     if deadline.passed():
+        if not engine.watched.complete:
+            engine.widen()  # for the next one: this one does not wait
         # One real attempt, also at cards that are said to be held: their holder may have died without a word.
-        claims += _claim_all(state, engine, grant, request, look(state, engine, request), queue=False)
+        claims += _claim_all(state, engine, grant, request, look(state, engine, request))
         if grant.lease is None:
             raise _timed_out(state, grant, request)
         return claims
     told = False
     progress: Progress | None = None
     waiter = Waiter(grant.id)
+    tickets = Tickets()
+    widen_at = 0.0  # time.monotonic()
     state.waiting.join(waiter)
     try:
         while True:
@@ -130,11 +141,18 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
             if engine.inherited is not None:
                 engine.inherited.check()
             seen = look(state, engine, request)
-            grant.position = None
-            claims += _claim_all(state, engine, grant, request, seen, queue=True)
+            if not engine.watched.complete and time.monotonic() >= widen_at:
+                # Everybody who is watched has refused; or has nothing that would do, which more readings tell at once.
+                new = engine.widen(everywhere=not seen)
+                widen_at = time.monotonic() + (0.0 if not seen else state.settings.poll_interval)
+                if not seen:
+                    _read(state, engine, new, deadline)
+                    _require_possible(state, engine, request)
+                    seen = look(state, engine, request)
+            claims += _claim_all(state, engine, grant, request, seen, waiter, tickets)
             if grant.lease is not None:
                 return claims
-            sleep = state.waiting.recheck()
+            sleep = min(state.waiting.recheck(), tickets.pause())
             if state.settings.progress is not False:
                 waited = time.monotonic() - grant.asked_at
                 if waited < SHOW_AFTER:
@@ -158,6 +176,15 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
         state.waiting.leave(waiter)
         if progress is not None:
             progress.close()
+
+
+def _read(state: PoolState, engine: Engine, endpoint_ids: Sequence[str], deadline: Deadline) -> None:
+    """Have endpoints read that were not watched so far, and wait for that as for the first reading."""
+    from gpupool_sync.monitor import wait_for
+
+    futures = engine.monitor.poll_soon(endpoint_ids)
+    mine = Deadline.after(deadline.within(state.settings.endpoint_timeout + 1.0))
+    wait_for(futures, mine, enough=lambda: any(future.done() for future in futures))
 
 
 def _make_progress(state: PoolState) -> Progress:
@@ -251,86 +278,97 @@ def _warn_of_unknown(state: PoolState, engine: Engine, names: Sequence[str]) -> 
         )
 
 
-def _ordered(state: PoolState, seen: Sequence[Seen], request: GPURequest, grant: Grant) -> list[Seen]:
-    """The endpoints that have enough free cards, as the strategy would try them; the grant notes the choice."""
-    count = request.count
-    ready = [each for each in seen if len(each.free) >= count]
-    if len(ready) < 2:
-        # Also a single endpoint is a decision that the strategy counts.
-        return ready if not ready else _by_strategy(state, ready, request, grant)
-    first = [each for each in ready if each.settled]
-    if len(first) == len(ready):
-        return _by_strategy(state, first, request, grant)
-    later: list[Seen] = []
-    for each in ready:
-        if each.settled:
-            continue
-        # An endpoint whose last poll failed comes last; one that has just recovered gets a growing share.
-        share = each.endpoint.reintroduced()
-        sits_out = each.endpoint.sick or (share < 1.0 and _random() >= share)
-        (later if sits_out else first).append(each)
-    if not first:
-        first, later = later, []
-    return _by_strategy(state, first, request, grant) + later
+class _Noting:
+    """The strategy; the grant notes what it had to choose from."""
 
+    __slots__ = ("_grant", "_strategy", "feedback")
 
-def _by_strategy(state: PoolState, seen: Sequence[Seen], request: GPURequest, grant: Grant) -> list[Seen]:
-    views = [each.view for each in seen]
-    ordered = state.strategy.order(views, request)
-    if len(seen) == 1:
-        return list(seen)
-    if not grant.choice:
-        # The first one counts: what a refusal leaves to choose from is not what the strategy would want.
-        grant.choice = views
-    by_id = {each.endpoint.id: each for each in seen}
-    return [by_id[view.endpoint_id] for view in ordered]
+    def __init__(self, strategy: CountingStrategy, grant: Grant) -> None:
+        self._strategy = strategy
+        self._grant = grant
+        grant.choice = ()
+        self.feedback = strategy.feedback
+
+    def order(self, endpoints: Sequence[EndpointView], request: GPURequest) -> Sequence[EndpointView]:
+        if len(endpoints) > 1 and not self._grant.choice:
+            # The first one counts: what a refusal leaves to choose from is not what the strategy would want.
+            self._grant.choice = endpoints
+        return self._strategy.order(endpoints, request)
 
 
 def _claim_free(state: PoolState, engine: Engine, grant: Grant, request: GPURequest, seen: Sequence[Seen]) -> int:
     """Claim without waiting, endpoint by endpoint; returns how many claims that took."""
     claims = 0
-    left = list(seen)
-    grant.choice = ()
-    while True:
-        # Ordered again after a refusal: strategies learn from it (a crowd is at the best endpoint).
-        order = _ordered(state, left, request, grant)
-        if not order:
-            return claims
-        first = order[0]
+    asking = attempts(seen, request, _Noting(state.strategy, grant), _random)
+    each = next(asking, None)
+    while each is not None:
         claims += 1
-        granted = _claim(state, first.store, grant, request, [(first, first.free)], queue=False)
-        state.strategy.feedback(first.endpoint.id, granted)
-        if granted:
+        # What is known of others' leases there may be out of date: what seems held may have come free.
+        cards = [*each.free, *_others(each)] if each.store.scope == "everybody" else each.free
+        granted = _claim(state, each.store, grant, request, [(each, cards)], queue=False)
+        if not granted:
+            state.counters.add("refused")
+            state.touch(each.endpoint.id)
+        try:
+            each = asking.send(granted)
+        except StopIteration:
             return claims
-        state.counters.add("refused")
-        state.touch(first.endpoint.id)
-        left.remove(first)
+    return claims
 
 
 def _claim_all(
-    state: PoolState, engine: Engine, grant: Grant, request: GPURequest, seen: Sequence[Seen], *, queue: bool
+    state: PoolState,
+    engine: Engine,
+    grant: Grant,
+    request: GPURequest,
+    seen: Sequence[Seen],
+    waiter: Waiter | None = None,
+    tickets: Tickets | None = None,
 ) -> int:
     """
     Claim at every arbiter, held cards included; returns how many claims that took.
 
-    With *queue*, a ticket for all of them is left at each.
+    With *tickets*, at those whose turn it is, and a ticket is left there for all of their cards.
     """
-    grant.choice = ()
-    order = _ordered(state, seen, request, grant)
+    order = ordered(seen, request, _Noting(state.strategy, grant), _random)
     chosen = set(map(id, order))
-    offers = [(each, [*each.free, *_others(each)]) for each in order]
-    offers += [(each, list(each.wanted)) for each in seen if id(each) not in chosen]
-    by_store: dict[int, tuple[LeaseStore, list[tuple[Seen, list[Card]]]]] = {}
-    for each, cards in offers:
-        by_store.setdefault(id(each.store), (each.store, []))[1].append((each, cards))
-    for number, (store, mine) in enumerate(by_store.values(), 1):
-        if queue and store.needs_listener:
+    rest = [each for each in seen if id(each) not in chosen]
+    stores = {id(each.store): each.store for each in (*order, *rest)}
+    if len(stores) > 1:
+        # Whoever waits for any of many begins somewhere else.
+        _shuffle(rest)
+        stores = {id(each.store): each.store for each in (*order, *rest)}
+    offers: dict[int, list[tuple[Seen, list[Card]]]] = {number: [] for number in stores}
+    for each in order:
+        offers[id(each.store)].append((each, [*each.free, *_others(each)]))
+    for each in rest:
+        offers[id(each.store)].append((each, list(each.wanted)))
+    plan: Sequence[Any] = list(stores)
+    if tickets is not None and waiter is not None and len(stores) > 1:
+        hints = []
+        while waiter.hints:
+            hints.append(waiter.hints.pop())
+        # Those of this machine cost next to nothing, and must be looked at: the kernel frees a card without a word.
+        hints += [number for number, store in stores.items() if store.scope != "everybody"]
+        newer = promising(order, time.monotonic() - grant.asked_at)
+        plan = tickets.round(plan, list(dict.fromkeys(id(each.store) for each in newer)), hints, time.monotonic())
+    claims = 0
+    for number in plan:
+        store = stores[number]
+        if tickets is not None and store.needs_listener:
             listener(store).listen_for(state.waiting)
-        if _claim(state, store, grant, request, mine, queue=queue, reserve=number == 1):
+        claims += 1
+        grant.position = None
+        reserve = number == (plan[0] if tickets is None or len(stores) == 1 else tickets.reserving)
+        granted = _claim(state, store, grant, request, offers[number], queue=tickets is not None, reserve=reserve)
+        if granted:
             assert grant.snapshot is not None
             state.strategy.feedback(grant.snapshot.endpoint_id, True)
-            return number
-    return len(by_store)
+            return claims
+        if tickets is not None:
+            tickets.left(number, grant.position, time.monotonic())
+    grant.position = None if tickets is None else tickets.position
+    return claims
 
 
 def _claim(
@@ -480,7 +518,7 @@ def _may_matter(fault: GPUFault, endpoint_id: str, request: GPURequest) -> bool:
     return not (request.model and fault.name and request.model.casefold() not in fault.name.casefold())
 
 
-def _random() -> float:
-    import random
-
-    return random.random()  # noqa: S311 - a share of the decisions, no secret
+# Not the generator of `random`, whose state programs set, and forked ones share.
+_system = SystemRandom()
+_random = _system.random
+_shuffle: Callable[[list[Seen]], None] = _system.shuffle

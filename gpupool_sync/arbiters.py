@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -97,7 +98,7 @@ def adopt_server(state: PoolState, engine: Engine, endpoint: PolledEndpoint, sna
         )
         store = HTTPStore(mine, settings, pace=endpoint.pace)
         engine.recipes[id(store)] = HTTPStore, (mine, settings)
-        engine.unsubscribe.append(store.subscribe(state.waiting.hint))
+        engine.unsubscribe.append(store.subscribe(partial(state.waiting.hint, arbiter=id(store))))
         engine.servers = {**engine.servers, endpoint.id: store}
         endpoint.server = store
     logger.info("leases on %s: %s (scope: %s)", endpoint.id, store.description, store.scope)

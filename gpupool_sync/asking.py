@@ -14,10 +14,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from gpupool_sync.models import EndpointView, GPURequest
 
+#: With more endpoints than these a process watches a subset, where no other number was set.
+MOST_WATCHED = 500
+#: The size of that subset: 20,000 processes then poll each of 2000 endpoints 64 times a second.
+SUBSET = 32
 #: Seconds over which it is counted what others take.
 RIVALS_TIME = 10.0
 #: Arbiters at which a waiter leaves tickets at once; more follow while it stands at the head of a queue.
-FIRST_TICKETS = 4
+FIRST_TICKETS = 3
+#: Refusals after which a caller waits instead of trying what else seemed free.
+MOST_REFUSALS = 3
 #: Arbiters that a waiter asks in one round at most, besides those that hinted or seem to have free cards.
 TICKETS_PER_ROUND = 8
 #: Arbiters with cards that seem free, and that a waiter asks in one round at most.
@@ -94,10 +100,11 @@ def attempts(
     """
     Whom to claim at, one after the other; the generator is sent whether that claim was granted.
 
-    Ordered anew after a refusal: strategies learn from it (a crowd is at the best endpoint).
+    Ordered anew after a refusal: strategies learn from it (a crowd is at the best endpoint).  After `MOST_REFUSALS` the
+    readings have proved to be out of date, and it is better to wait with tickets, and for newer readings.
     """
     left = list(seen)
-    while True:
+    for _ in range(MOST_REFUSALS):
         order = ordered(left, request, strategy, chance)
         if not order:
             return
@@ -108,30 +115,38 @@ def attempts(
         left.remove(order[0])
 
 
+def promising(order: Iterable[_C], waited: float) -> list[_C]:
+    """
+    Of the *order* of endpoints, those that are worth a claim to somebody who has waited so many seconds already.
+
+    Older readings were there at the first try, which was in vain.
+    """
+    return [each for each in order if each.view.age < waited]
+
+
 class Rivals:
     """
     How many cards others take per second, as far as the readings tell: a sum that fades.
 
-    Not thread-safe: used under its owner's lock.
+    `took` is called by one thread at a time.
     """
 
-    __slots__ = ("_at", "_sum")
+    __slots__ = ("_seen",)
 
     def __init__(self) -> None:
-        self._sum = 0.0
-        self._at = -math.inf  # when _sum was right
+        self._seen = 0.0, -math.inf  # the sum, and when it was right; replaced as a whole, so any thread may read it
 
     def took(self, cards: int, now: float) -> None:
         """Readings showed at *now* (seconds by any clock) that somebody else has taken so many cards."""
-        self._sum = self._left(now) + cards
-        self._at = now
+        self._seen = self._left(now) + cards, now
 
     def per_second(self, now: float) -> float:
         """The rate, over some `RIVALS_TIME` seconds."""
         return self._left(now) / RIVALS_TIME
 
     def _left(self, now: float) -> float:
-        return self._sum * math.exp(min(0.0, self._at - now) / RIVALS_TIME) if self._sum else 0.0
+        number, at = self._seen
+        return number * math.exp(min(0.0, at - now) / RIVALS_TIME) if number else 0.0
 
 
 class Tickets:
@@ -146,17 +161,22 @@ class Tickets:
     Not thread-safe: it belongs to one waiting call.
     """
 
-    __slots__ = ("_at_head", "_left")
+    __slots__ = ("_more", "_positions", "_times", "reserving")
 
     def __init__(self) -> None:
-        self._left: dict[Hashable, float] = {}  # arbiter -> when the ticket there was left last; the oldest first
-        self._at_head: set[Hashable] = set()
+        self._times: dict[Hashable, float] = {}  # arbiter -> when it was asked last; the earliest first
+        self._positions: dict[Hashable, int] = {}  # arbiter -> how many stood before us there
+        self._more = False  # there are arbiters without a ticket of ours
+        #: The one arbiter at which a ticket for several cards may hold free ones back.
+        self.reserving: Hashable = None
 
     def __len__(self) -> int:
-        return len(self._left)
+        return len(self._times)
 
-    def __contains__(self, arbiter: object) -> bool:
-        return arbiter in self._left
+    @property
+    def position(self) -> int | None:
+        """How many stand before us where they are fewest; None: there is no ticket."""
+        return min(self._positions.values(), default=None)
 
     def round(
         self, arbiters: Sequence[Hashable], promising: Sequence[Hashable], hinted: Iterable[Hashable], now: float
@@ -167,45 +187,47 @@ class Tickets:
         Args:
             arbiters: all that have cards which would do, those to be preferred first.
             promising: those of them that seem to have free cards, in the order of the strategy.
-            hinted: those that said that it may be our turn.
+            hinted: those that said that it may be our turn, and those that cost nothing to ask.
             now: any clock that only goes forward, in seconds.
         """
         known = set(arbiters)
         plan = dict.fromkeys(each for each in hinted if each in known)
         plan.update(dict.fromkeys(promising[:TRIES_PER_ROUND]))
-        if len(arbiters) <= FIRST_TICKETS:
-            plan.update(dict.fromkeys(arbiters))
-            return list(plan)
-        wanted = 0
-        if len(self._left) < FIRST_TICKETS:
-            wanted = FIRST_TICKETS - len(self._left)
-        elif self._at_head:
-            wanted = TICKETS_PER_ROUND
-        for each in arbiters:
-            if wanted <= 0:
-                break
-            if each not in self._left and each not in plan:
-                plan[each] = None
-                wanted -= 1
-        due = [each for each, left in self._left.items() if now - left >= REASK and each in known and each not in plan]
-        plan.update(dict.fromkeys(due[:TICKETS_PER_ROUND]))
+        new = [each for each in arbiters if each not in self._times and each not in plan]
+        wanted = TICKETS_PER_ROUND if self.position == 0 else FIRST_TICKETS - len(self._times)
+        plan.update(dict.fromkeys(new[: max(0, wanted)]))
+        self._more = len(new) > max(0, wanted)
+        mine = [each for each in self._times if each in known and each not in plan]
+        due = [each for each in mine if now - self._times[each] >= REASK][:TICKETS_PER_ROUND]
+        if not plan and not due:
+            due = mine[:1]  # who stands before us there, by now
+        plan.update(dict.fromkeys(due))
+        if self.reserving not in known:
+            self.reserving = next(iter(plan), None)
         return list(plan)
 
     def pause(self) -> float:
         """Seconds until the next round is due, if nothing happens before."""
-        return WIDEN_EVERY if self._at_head else math.inf
+        return WIDEN_EVERY if self._more and self.position == 0 else math.inf
 
     def left(self, arbiter: Hashable, position: int | None, now: float) -> None:
-        """A ticket was left, or not (*position* None): how many stand before it."""
-        self._left.pop(arbiter, None)
-        self._left[arbiter] = now
-        if position == 0:
-            self._at_head.add(arbiter)
+        """It was asked, and a ticket was left, or not (*position* None): how many stand before it."""
+        self._times.pop(arbiter, None)
+        self._times[arbiter] = now
+        if position is None:
+            self._positions.pop(arbiter, None)
         else:
-            self._at_head.discard(arbiter)
+            self._positions[arbiter] = position
 
 
 _ID = TypeVar("_ID", bound=Hashable)
+
+
+def watch_most(setting: int | None, endpoints: int) -> int:
+    """How many of so many endpoints a process watches."""
+    if setting is not None:
+        return setting
+    return endpoints if endpoints <= MOST_WATCHED else SUBSET
 
 
 class Watched(Generic[_ID]):
@@ -216,16 +238,22 @@ class Watched(Generic[_ID]):
     widened: to twice its size, and from then on by exchanging one half, so that every endpoint has its turn.
 
     Not thread-safe: used under its owner's lock.
+
+    Args:
+        always: those among *ids* that are watched whatever their number.
     """
 
-    def __init__(self, ids: Iterable[_ID], most: int, chance: random.Random) -> None:
+    def __init__(self, ids: Iterable[_ID], most: int, chance: random.Random, always: Iterable[_ID] = ()) -> None:
         self.most = most
+        self._chance = chance
+        self._always = set(always)
         away = list(ids)
         if len(away) > most:
             chance.shuffle(away)
-        self._here: dict[_ID, None] = dict.fromkeys(away[:most])  # who came first is first
-        self._away: deque[_ID] = deque(away[most:])  # whose turn is next is first
-        self._chance = chance
+            away.sort(key=lambda each: each not in self._always)  # stable: the rest stays shuffled
+        number = max(most, len(self._always.intersection(away)))
+        self._here: dict[_ID, None] = dict.fromkeys(away[:number])  # who came first is first
+        self._away: deque[_ID] = deque(away[number:])  # whose turn is next is first
 
     def __len__(self) -> int:
         return len(self._here)
@@ -236,23 +264,41 @@ class Watched(Generic[_ID]):
     def __contains__(self, endpoint_id: object) -> bool:
         return endpoint_id in self._here
 
+    @property
+    def complete(self) -> bool:
+        """Whether there is nobody else."""
+        return not self._away
+
     def widen(self, *, everywhere: bool = False) -> tuple[list[_ID], list[_ID]]:
         """
         Watch more: who is new, and who is not watched any more.
 
         With *everywhere* twice as many as now, whatever their number, and nobody leaves: for what is found nowhere yet.
         """
-        number = len(self._here) if everywhere else self.most
+        number = max(1, len(self._here)) if everywhere else self.most
         come = [self._away.popleft() for _ in range(min(number, len(self._away)))]
         self._here.update(dict.fromkeys(come))
         return come, [] if everywhere else self._leave(2 * self.most)
 
-    def narrow(self) -> list[_ID]:
-        """Back to the size that was asked for: those who leave, the earliest first."""
+    def want(self, ids: Iterable[_ID]) -> list[_ID]:
+        """Watch these, if they are endpoints at all; who is new."""
+        wanted = set(ids)
+        come = [each for each in self._away if each in wanted]
+        for endpoint_id in come:
+            self._away.remove(endpoint_id)
+        self._here.update(dict.fromkeys(come))
+        return come
+
+    def narrow(self, keep: _ID | None = None) -> list[_ID]:
+        """Back to the size that was asked for, with *keep*: those who leave, the earliest first."""
+        if keep in self._here:
+            del self._here[keep]
+            self._here[keep] = None
         return self._leave(self.most)
 
     def _leave(self, most: int) -> list[_ID]:
-        leave = list(self._here)[: max(0, len(self._here) - most)]
+        surplus = max(0, len(self._here) - most)
+        leave = [each for each in self._here if each not in self._always][:surplus]
         for endpoint_id in leave:
             del self._here[endpoint_id]
         self._away.extend(leave)
@@ -260,17 +306,19 @@ class Watched(Generic[_ID]):
 
     def replace(self, endpoint_id: _ID) -> _ID | None:
         """Watch another one instead of one that is down; None: there is none, or it was not watched."""
-        if endpoint_id not in self._here or not self._away:
+        if endpoint_id not in self._here or endpoint_id in self._always or not self._away:
             return None
         del self._here[endpoint_id]
-        self._away.append(endpoint_id)
         new = self._away.popleft()
+        self._away.append(endpoint_id)
         self._here[new] = None
         return new
 
-    def add(self, endpoint_id: _ID) -> bool:
+    def add(self, endpoint_id: _ID, *, always: bool = False) -> bool:
         """Another endpoint is there; whether it is watched from now on."""
-        if len(self._here) < self.most:
+        if always:
+            self._always.add(endpoint_id)
+        if always or len(self._here) < self.most:
             self._here[endpoint_id] = None
             return True
         # Not always the last: its turn comes at some time.
@@ -279,6 +327,7 @@ class Watched(Generic[_ID]):
 
     def remove(self, endpoint_id: _ID) -> list[_ID]:
         """An endpoint is not there any more; who is watched instead, if it was."""
+        self._always.discard(endpoint_id)
         if endpoint_id not in self._here:
             with contextlib.suppress(ValueError):
                 self._away.remove(endpoint_id)

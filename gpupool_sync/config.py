@@ -832,6 +832,15 @@ SETTINGS: tuple[Setting, ...] = (
         _whole(0, 1_000_000),
     ),
     Setting(
+        "watch",
+        ("GPU_POOL_WATCH",),
+        None,
+        "a whole number from 1 to 1000000",
+        "How many servers a process watches at most: a random subset, widened when it refuses. "
+        "Unset: all of up to 500, of more 32.",
+        _whole(1, 1_000_000),
+    ),
+    Setting(
         "name",
         ("GPU_POOL_NAME",),
         None,
@@ -914,6 +923,7 @@ class Settings:
     max_stats_age: float = attrs.field()
     ttl: float = _DEFAULTS["ttl"]
     max_waiting: int | None = _DEFAULTS["max_waiting"]
+    watch: int | None = _DEFAULTS["watch"]
     name: str | None = _DEFAULTS["name"]
     breaker_failures: int = _DEFAULTS["breaker_failures"]
     progress: bool | None = _DEFAULTS["progress"]

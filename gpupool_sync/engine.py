@@ -7,12 +7,14 @@ import logging
 import os
 import weakref
 from functools import partial
+from random import SystemRandom
 from typing import TYPE_CHECKING
 
 from gpupool_sync.arbiters import adopt_server, make_store
+from gpupool_sync.asking import Watched, watch_most
 from gpupool_sync.bystanders import Claimed
 from gpupool_sync.choosing import is_empty
-from gpupool_sync.clock import Deadline
+from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import PoolClosed
 from gpupool_sync.holding import (
     collect_dropped,
@@ -103,6 +105,9 @@ def _start_locked(state: PoolState) -> Engine:
             state.last_free.pop(endpoint.id, None)
             state.touch(endpoint.id)
             state.tell_watchers(endpoint.id, False)
+            engine = state.engine
+            if engine is not None and endpoint.id in engine.endpoints and engine.endpoints[endpoint.id].open:
+                engine.replace_dead(endpoint.id)
 
     def on_lost(lease_id: str) -> None:
         state = me()
@@ -116,6 +121,8 @@ def _start_locked(state: PoolState) -> Engine:
         tidy(state)
         return True
 
+    always = [each.id for each in made if each.url == "local:" or each.id in state.local_ids]
+    watched = Watched([each.id for each in made], watch_most(settings.watch, len(made)), SystemRandom(), always)
     monitor = Monitor(
         [*made, *watches.values()],
         on_snapshot=on_snapshot,
@@ -123,10 +130,12 @@ def _start_locked(state: PoolState) -> Engine:
         on_failure=on_failure,
         housekeeping=housekeeping,
         name=_thread_name(state),
+        unwatched=frozenset(each.id for each in made if each.id not in watched),
     )
-    engine = Engine({endpoint.id: endpoint for endpoint in made}, monitor, arbiter, Keeper(on_lost), inherited, watches)
-    engine.unsubscribe.append(arbiter.subscribe(state.waiting.hint))
-    engine.first = tuple(monitor.poll_soon([*engine.endpoints, *watches]))
+    by_id = {endpoint.id: endpoint for endpoint in made}
+    engine = Engine(by_id, monitor, arbiter, Keeper(on_lost), inherited, watches, watched)
+    engine.unsubscribe.append(arbiter.subscribe(partial(state.waiting.hint, arbiter=id(arbiter))))
+    engine.first = tuple(monitor.poll_soon([*watched, *watches]))
     state.at_opening()
     state.engine = engine
     monitor.start()
@@ -242,6 +251,8 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
     if engine.endpoints.get(snapshot.endpoint_id) is not endpoint:
         state.table.forget(snapshot.endpoint_id)  # was taken out in between; a new one of its name polls soon
         return
+    if before is not None:
+        _count_rivals(state, before, snapshot)
     state.tell_watchers(snapshot.endpoint_id, True)
     for problem in snapshot.sample.problems:
         if before is None or problem not in before.sample.problems:
@@ -270,6 +281,18 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
     state.last_free[snapshot.endpoint_id] = free
     if new:
         state.waiting.wake_oldest(2 * len(new))
+
+
+def _count_rivals(state: PoolState, before: Snapshot, after: Snapshot) -> None:
+    """Cards that were free and are in use, and not by us: others are about."""
+    free = {card.key for card in screened_for(state, before, DEFAULT_REQUEST).eligible}
+    free.difference_update([card.key for card in screened_for(state, after, DEFAULT_REQUEST).eligible])
+    free.intersection_update([card.key for card in after.cards])  # not those that are gone
+    for grant in list(state.grants.values()) if free else ():
+        free.difference_update(card.key for card in grant.cards)
+    if free:
+        with state.rivals_lock:
+            state.rivals.took(len(free), boottime())
 
 
 def _claimed(state: PoolState, store: LeaseStore, key: str) -> Claimed:

@@ -28,7 +28,7 @@ SIGHT_TIME = 0.05
 class Seen:
     """One endpoint that may grant now, seen through one request."""
 
-    __slots__ = ("endpoint", "free", "settled", "snapshot", "store", "view", "wanted")
+    __slots__ = ("endpoint", "free", "share", "snapshot", "store", "view", "wanted")
 
     def __init__(
         self,
@@ -38,6 +38,8 @@ class Seen:
         free: Sequence[Card],
         wanted: Sequence[Card],
         load: float,
+        age: float,
+        rivals_per_second: float,
     ) -> None:
         self.endpoint = endpoint
         #: Who arbitrates its cards. Not looked up again by its id, which may soon be that of another endpoint.
@@ -45,7 +47,7 @@ class Seen:
         self.snapshot = snapshot
         self.free = free  # would do, and not leased as far as is known
         self.wanted = wanted  # would do, leased or not: what a ticket names
-        self.settled = not endpoint.sick and endpoint.reintroduced() >= 1.0
+        self.share = 0.0 if endpoint.sick else endpoint.reintroduced()
         #: What the strategy sees of it.
         self.view = EndpointView(
             endpoint.id,
@@ -53,6 +55,8 @@ class Seen:
             len(free),
             load / len(free) if free else 0.0,
             is_local=snapshot.is_local,
+            age=age,
+            rivals_per_second=rivals_per_second,
         )
 
 
@@ -79,7 +83,9 @@ def look(
 ) -> list[Seen]:
     """The endpoints that may grant now, with their cards for the request."""
     snapshots, duplicates = state.table.view()
-    oldest = boottime() - state.settings.max_stats_age
+    now = boottime()
+    rivals = state.rivals.per_second(now)
+    oldest = now - state.settings.max_stats_age
     local_only = request.local is None and bool(state.local_ids)
     taken: set[str] = set()
     seen: list[Seen] = []
@@ -99,7 +105,7 @@ def look(
             if len(screened.eligible) >= request.count:
                 whole = len(free) == len(screened.eligible)
                 load = screened.load if whole else sum([card.reading.load for card in free])
-                seen.append(Seen(endpoint, store, snapshot, free, screened.eligible, load))
+                seen.append(Seen(endpoint, store, snapshot, free, screened.eligible, load, snapshot.age(now), rivals))
             continue
         free, wanted = [], []
         for card, veto, obstacle in judged(store, snapshot, screened, request):
@@ -113,7 +119,8 @@ def look(
             if obstacle is None:
                 free.append(card)
         if len(wanted) >= request.count:
-            seen.append(Seen(endpoint, store, snapshot, free, wanted, sum([card.reading.load for card in free])))
+            load = sum([card.reading.load for card in free])
+            seen.append(Seen(endpoint, store, snapshot, free, wanted, load, snapshot.age(now), rivals))
     return seen
 
 
@@ -183,6 +190,8 @@ def why_unusable(state: PoolState, endpoint: PolledEndpoint, snapshot: Snapshot 
         return Reason("draining", "is being drained")
     if endpoint.open:
         return Reason("endpoint-down", f"is down (breaker {endpoint.numbers().breaker}): {error_of(endpoint)}")
+    if snapshot is None and state.engine is not None and not state.engine.is_watched(endpoint.id):
+        return Reason("not-watched", "is not watched at present and was not read yet (the setting watch)")
     if snapshot is None:
         return Reason("no-reading", f"has not answered yet: {error_of(endpoint)}")
     age = snapshot.age(now)

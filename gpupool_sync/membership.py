@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpupool_sync import config
+from gpupool_sync.asking import watch_most
 from gpupool_sync.errors import ConfigError
 from gpupool_sync.state import Engine, PoolState
 
@@ -40,8 +41,22 @@ def add(state: PoolState, endpoint: Any, options: Mapping[str, Any]) -> str:
         if engine is not None and engine.inherited is None:
             made = make_endpoint(new, state.settings)
             engine.endpoints = {**engine.endpoints, made.id: made}
-            engine.monitor.add(made)
+            _watch_new(state, engine, [made])
     return new.id
+
+
+def _watch_new(state: PoolState, engine: Engine, endpoints: Sequence[PolledEndpoint]) -> list[str]:
+    """Take them into the schedule; who of them is polled from now on."""
+    with engine.watch_lock:
+        watched = engine.watched
+        # Known only now how many there are: with many, it may be a subset that is watched from here on.
+        watched.most = watch_most(state.settings.watch, len(engine.endpoints))
+        here = [each.id for each in endpoints if watched.add(each.id, always=each.id in state.local_ids)]
+        for each in endpoints:
+            engine.monitor.add(each, watched=each.id in here)
+        gone = watched.narrow()
+        engine.monitor.watch((), gone)
+    return [each for each in here if each not in gone]
 
 
 def endpoint_of(engine: Engine, endpoint_id: str) -> PolledEndpoint:
@@ -87,6 +102,8 @@ def remove_locked(state: PoolState, engine: Engine, endpoint_id: str) -> PolledE
 def _take_out_locked(state: PoolState, engine: Engine, endpoint: PolledEndpoint) -> None:
     engine.endpoints = {k: v for k, v in engine.endpoints.items() if k != endpoint.id}
     engine.monitor.remove(endpoint.id)
+    with engine.watch_lock:
+        engine.monitor.watch(engine.watched.remove(endpoint.id))
     server = engine.servers.get(endpoint.id)
     if server is not None:
         # Leases there go on. Another endpoint of this name is another server.
@@ -154,11 +171,10 @@ def _add_found_locked(state: PoolState, engine: Engine, source: str, endpoints: 
         return
     engine.found = {**engine.found, **{each.id: (source, each) for each in endpoints if each.id in added}}
     engine.endpoints = {**engine.endpoints, **added}
-    for made in added.values():
-        engine.monitor.add(made)
+    watched = _watch_new(state, engine, list(added.values()))
     if engine.first is not None:
         # Who waits for the first reading waits for these as well.
-        engine.first = (*engine.first, *engine.monitor.poll_soon(added))
+        engine.first = (*engine.first, *engine.monitor.poll_soon(watched))
     logger.info("%s lists %d more endpoints", source, len(added))
 
 

@@ -10,12 +10,13 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Union
 
@@ -70,17 +71,19 @@ class _Entry:
         "round",
         "run",
         "running",
+        "watched",
     )
 
     def __init__(self, endpoint: Polled) -> None:
         self.endpoint = endpoint
-        self.due = 0.0  # time.monotonic()
+        self.due = math.inf  # time.monotonic()
         self.began = 0.0  # of the last poll
         self.asked: float | None = None  # when another poll is wanted, asked for while one was under way
         self.nudged = False  # written by any thread: a nudge is under way, another one would change nothing
         self.not_before = 0.0  # the server asked to be left alone until then
         self.run: object = None  # the poll that is under way; another one than this is out of date
         self.running = False
+        self.watched = True  # polled again and again; otherwise when somebody asks
         self.early = 2  # so many polls still come early, at random
         self.queued = False
         self.lane = "fast"
@@ -125,6 +128,7 @@ class Monitor:
         on_found: Callable[[Found], None] = lambda found: None,
         housekeeping: Callable[[], bool],
         name: str,
+        unwatched: Collection[str] = (),
     ) -> None:
         self._on_snapshot = on_snapshot
         self._on_failure = on_failure
@@ -149,7 +153,8 @@ class Monitor:
         self._durations = Durations(POLL_BOUNDS)
         self.restarts = 0
         for endpoint in endpoints:
-            self._entries[endpoint.id] = _Entry(endpoint)
+            self._entries[endpoint.id] = entry = _Entry(endpoint)
+            entry.watched = endpoint.id not in unwatched
 
     # -- called from any thread --------------------------------------------------------------------------------
 
@@ -160,7 +165,8 @@ class Monitor:
             "sick": _Lane("probe", SICK_LANE, MAX_THREADS["sick"], self._name),
         }
         for entry in self._entries.values():
-            self._schedule(entry, 0.0)
+            if entry.watched:
+                self._schedule(entry, 0.0)
         with self._start_lock:
             self._start_thread_locked()
 
@@ -208,9 +214,14 @@ class Monitor:
             entry.nudged = True
             self._commands.put(lambda: self._nudge(entry))
 
-    def add(self, endpoint: Polled) -> None:
-        """Take an endpoint into the schedule; its first poll begins at once."""
-        self._commands.put(lambda: self._add(endpoint))
+    def add(self, endpoint: Polled, *, watched: bool = True) -> None:
+        """Take an endpoint into the schedule; its first poll begins at once, or when somebody asks."""
+        self._commands.put(lambda: self._add(endpoint, watched))
+
+    def watch(self, come: Iterable[str], gone: Iterable[str] = ()) -> None:
+        """Poll *come* from now on, at once and at the interval; *gone* only when somebody asks."""
+        changes = {**dict.fromkeys(gone, False), **dict.fromkeys(come, True)}
+        self._commands.put(lambda: self._watch(changes))
 
     def remove(self, endpoint_id: str) -> None:
         """Take an endpoint out of the schedule; a poll that is under way ends unheard."""
@@ -369,9 +380,22 @@ class Monitor:
         elif not entry.queued and at < entry.due:
             self._schedule(entry, max(0.0, at - time.monotonic()))
 
-    def _add(self, endpoint: Polled) -> None:
+    def _add(self, endpoint: Polled, watched: bool) -> None:
         entry = self._entries[endpoint.id] = _Entry(endpoint)
-        self._schedule(entry, 0.0)
+        entry.watched = watched
+        if watched:
+            self._schedule(entry, 0.0)
+
+    def _watch(self, changes: Mapping[str, bool]) -> None:
+        for endpoint_id, watched in changes.items():
+            entry = self._entries.get(endpoint_id)
+            if entry is None or entry.watched == watched:
+                continue
+            entry.watched = watched
+            if watched:
+                self._bring_forward(entry, 0.0)
+            elif not entry.next_round:
+                entry.due = math.inf
 
     def _remove(self, endpoint_id: str) -> None:
         entry = self._entries.pop(endpoint_id, None)
@@ -414,6 +438,9 @@ class Monitor:
         if entry.asked is not None:
             due = min(due, max(entry.asked, entry.not_before))
             entry.asked = None
+        elif not entry.watched:
+            entry.due = math.inf
+            return
         self._schedule(entry, max(0.0, due - time.monotonic()))
 
     def _settle_everything(self) -> None:

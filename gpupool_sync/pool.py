@@ -135,6 +135,7 @@ class GPUPool:
         breaker_failures: failed polls in a row that open an endpoint's breaker (default 5).
         ttl: seconds that a lease at a remote arbiter lives without renewal (default 60, at most 300).
         max_waiting: callers that may wait at the same time; default any number.
+        watch: endpoints that this process watches at most, a random subset; default all of up to 500, of more 32.
         name: shown to others as the holder.
         progress: whether a wait of more than 2 s is shown: one line on the terminal, a table in a notebook, and a line
             a minute if standard error is neither.  Default: in notebooks and on terminals, and only where the program
@@ -162,6 +163,7 @@ class GPUPool:
         breaker_failures: int | None = None,
         ttl: float | None = None,
         max_waiting: int | None = None,
+        watch: int | None = None,
         name: str | None = None,
         on_lost: Callable[[Any], object] | None = None,
         progress: bool | None = None,
@@ -180,6 +182,7 @@ class GPUPool:
             "breaker_failures": breaker_failures,
             "ttl": ttl,
             "max_waiting": max_waiting,
+            "watch": watch,
             "name": name,
             "progress": progress,
         }

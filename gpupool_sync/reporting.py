@@ -232,6 +232,7 @@ def status(state: PoolState, engine: Engine) -> Status:
                 breaker_changes=numbers.breaker_changes,
                 response_p50_ms=numbers.response_p50_ms,
                 response_p95_ms=numbers.response_p95_ms,
+                watched=engine.is_watched(endpoint.id),
             )
         )
     return Status(
@@ -362,7 +363,10 @@ def stats(state: PoolState, *, reset: bool = False, all_time: bool = False) -> d
     result["waiting"] = len(state.waiting)
     result["waiting_most"] = state.waiting.most
     result["held"] = sum(1 for grant in list(state.grants.values()) if grant.lease is not None)
-    result["oldest_age"] = max((snapshot.age(now) for snapshot in snapshots.values()), default=None)
+    result["oldest_age"] = max(
+        (each.age(now) for each in snapshots.values() if engine is None or engine.is_watched(each.endpoint_id)),
+        default=None,
+    )
     result["strategy"] = {"name": state.strategy.name, **state.strategy.stats()}
     result["threads"] = engine.monitor.threads() + engine.keeper.threads() if engine is not None else 0
     result.update(

@@ -11,12 +11,13 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from gpupool_sync import config
+from gpupool_sync.asking import Rivals, Watched
 from gpupool_sync.bystanders import Bystanders
 from gpupool_sync.choosing import Limits, Screened
 from gpupool_sync.counting import Counters
@@ -65,6 +66,8 @@ class Engine:
         "retired",
         "servers",
         "unsubscribe",
+        "watch_lock",
+        "watched",
         "watches",
     )
 
@@ -76,8 +79,13 @@ class Engine:
         keeper: Keeper,
         inherited: Inherited | None,
         watches: Mapping[str, Watch],
+        watched: Watched[str],
     ) -> None:
         self.endpoints = endpoints  # by id, in the order of the settings; replaced, never changed
+        #: Ids of the endpoints that are polled at present.
+        self.watched = watched
+        # Guards watched. Held for dictionary work and for commands to the monitor, which are one atomic call.
+        self.watch_lock = threading.Lock()
         #: Where endpoints are found, by id of the source.
         self.watches = watches
         #: What was found, by endpoint id: the source and the endpoint. Replaced, never changed.
@@ -97,6 +105,41 @@ class Engine:
         #: Done when every endpoint has answered or failed once; None when nobody need wait for that any more.
         self.first: tuple[Any, ...] | None = None
         self.unsubscribe: list[Callable[[], None]] = []
+
+    def is_watched(self, endpoint_id: str) -> bool:
+        """Whether the endpoint is polled at present."""
+        return endpoint_id in self.watched
+
+    def widen(self, *, everywhere: bool = False) -> list[str]:
+        """Poll more endpoints, as `Watched.widen`; who is new."""
+        with self.watch_lock:
+            come, gone = self.watched.widen(everywhere=everywhere)
+            self.monitor.watch(come, gone)
+        return come
+
+    def want(self, names: Collection[str]) -> list[str]:
+        """Poll the endpoints of these ids or URLs, whatever else is polled; who is new."""
+        if self.watched.complete:
+            return []
+        ids = [each.id for each in self.endpoints.values() if each.id in names or each.url in names]
+        with self.watch_lock:
+            come = self.watched.want(ids)
+            self.monitor.watch(come)
+        return come
+
+    def narrow(self, keep: str) -> None:
+        """Poll no more endpoints than was asked for, *keep* among them."""
+        if len(self.watched) > self.watched.most:
+            with self.watch_lock:
+                self.monitor.watch((), self.watched.narrow(keep))
+
+    def replace_dead(self, endpoint_id: str) -> None:
+        """The endpoint's breaker is open: poll another one instead, if there is one."""
+        if not self.watched.complete:
+            with self.watch_lock:
+                new = self.watched.replace(endpoint_id)
+                if new is not None:
+                    self.monitor.watch([new], [endpoint_id])
 
     def store_of(self, endpoint_id: str) -> LeaseStore:
         """Who arbitrates the cards of the endpoint."""
@@ -138,6 +181,8 @@ class PoolState:
         "on_lost",
         "owner",
         "reads_devices",
+        "rivals",
+        "rivals_lock",
         "screens",
         "settings",
         "sights",
@@ -206,6 +251,10 @@ class PoolState:
         self.local_ids = self.said_to_be_local()
         # Guards local_ids, which several workers change.
         self.local_lock = threading.Lock()
+        #: What others take, as the readings show it.
+        self.rivals = Rivals()
+        # Guards changes of rivals, which several workers make; reading needs no lock.
+        self.rivals_lock = threading.Lock()
         #: By endpoint id, while somebody waits: the cards that were free at its last poll.
         self.last_free: dict[str, frozenset[str]] = {}
         self.executors: weakref.WeakSet[GPUExecutor] = weakref.WeakSet()

@@ -292,6 +292,7 @@ class EndpointStatus(EndpointInfo):
     breaker_changes: int = 0
     response_p50_ms: float | None = None
     response_p95_ms: float | None = None
+    watched: bool = True  # polled at the interval; False: out of the subset that this process watches
 
 
 @attrs.frozen

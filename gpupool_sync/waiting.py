@@ -26,10 +26,12 @@ MANY_WAITERS = 64
 class Waiter:
     """One caller that waits for a card; `id` is that of its claim."""
 
-    __slots__ = ("_asleep", "id")
+    __slots__ = ("_asleep", "hints", "id")
 
     def __init__(self, id: str) -> None:
         self.id = id
+        #: Which arbiters hinted, by `id`; whoever waits takes them out. Appending and popping are atomic.
+        self.hints: list[int] = []
         self._asleep = threading.Lock()
         self._asleep.acquire()
 
@@ -78,11 +80,13 @@ class WaitingRoom:
         with self._lock:
             self._waiters.pop(waiter.id, None)
 
-    def hint(self, ids: Iterable[str]) -> None:
-        """The `Hint` of a store: wake those whose tickets may have become servable."""
+    def hint(self, ids: Iterable[str], arbiter: int | None = None) -> None:
+        """The `Hint` of a store, whose `id` is *arbiter*: wake those whose tickets may have become servable."""
         for claim_id in ids:
             waiter = self._waiters.get(claim_id)
             if waiter is not None:
+                if arbiter is not None:
+                    waiter.hints.append(arbiter)
                 waiter.wake()
 
     def wake_oldest(self, number: int) -> None:

@@ -123,7 +123,8 @@ def test_a_waiter_begins_with_a_few_tickets_and_leaves_no_more_while_others_stan
     for each in first:
         tickets.left(each, 3, 0.0)
 
-    assert tickets.round(arbiters, [], [], 1.0) == []
+    assert tickets.position == 3
+    assert tickets.round(arbiters, [], [], 1.0) == first[:1], "who stands before it there, by now"
     assert tickets.pause() > asking.REASK
     assert tickets.round(arbiters, [], [], asking.REASK) == first
 
@@ -137,9 +138,22 @@ def test_who_is_next_somewhere_leaves_more_tickets():
         assert 0 < len(plan) <= 2 * asking.TICKETS_PER_ROUND
         for each in plan:
             tickets.left(each, 0, now)
-        now += tickets.pause()
+        now += tickets.pause() if len(tickets) < len(arbiters) else 0.0
 
     assert now <= 100 * asking.WIDEN_EVERY
+    assert tickets.round(arbiters, [], [], now) == arbiters[:1]
+    assert tickets.pause() > asking.REASK, "there is nobody left to ask"
+
+
+def test_only_one_arbiter_holds_cards_back_for_a_waiter():
+    """Two waiters that collect cards at two arbiters each could starve one another."""
+    tickets = Tickets()
+    first = tickets.round(list(range(100)), [7], [], 0.0)
+    assert tickets.reserving == first[0] == 7
+    tickets.round(list(range(100)), [9], [], 1.0)
+    assert tickets.reserving == 7
+    tickets.round([8, 9], [9], [], 2.0)
+    assert tickets.reserving == 9, "the other is gone"
 
 
 def test_hints_and_free_cards_go_first():
@@ -147,6 +161,7 @@ def test_hints_and_free_cards_go_first():
     tickets = Tickets()
     for each in ("a", "b", "c", "d"):
         tickets.left(each, 1, 0.0)
+    assert len(tickets) == 4
 
     assert tickets.round(list("abcdefgh"), ["g", "b"], ["d", "gone"], 1.0) == ["d", "g", "b"]
 

@@ -551,6 +551,7 @@ NUMBERS = [
 WHOLE = [
     ("endpoint_max_retries", "GPU_ENDPOINT_MAX_RETRIES"),
     ("max_waiting", "GPU_POOL_MAX_WAITING"),
+    ("watch", "GPU_POOL_WATCH"),
     ("breaker_failures", "GPU_POOL_BREAKER_FAILURES"),
 ]
 LONG = [("health_check_interval", "GPU_ENDPOINT_HEALTH_CHECK_INTERVAL"), ("max_stats_age", "GPU_POOL_MAX_STATS_AGE")]
