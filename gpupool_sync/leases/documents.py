@@ -33,8 +33,15 @@ MAX_HOLDERS = 64
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _NAMES = {"name": 100, "user": 100, "host": 255}
 _LONGEST_NOTE = 200
-_LONGEST_KEY = 300
-_TOKEN_LIMIT = 2**63
+#: Characters of a card's key, and of what one side says to people at the other.
+LONGEST_KEY = 300
+LONGEST_TEXT = 1000
+TOKEN_LIMIT = 2**63
+#: Bounds of amounts: seconds, MiB, places of a card, process ids.
+MOST_SECONDS = 1e10
+MOST_MB = 1e12
+MOST_PLACES = 1_000_000
+MOST_PID = 2**31 - 1
 
 
 class BadDocument(Exception):
@@ -92,7 +99,7 @@ def _list(value: object, what: str, longest: int) -> list[Any]:
 
 
 def _seconds(value: object, what: str) -> float:
-    return _number(value, what, 0.0, 1e10)
+    return _number(value, what, 0.0, MOST_SECONDS)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ def read_holder(raw: object) -> Holder:
         name=texts["name"],
         user=texts["user"] or "?",
         host=texts["host"] or "?",
-        pid=_count(fields.get("pid", 0), "holder.pid", 0, 2**31 - 1),
+        pid=_count(fields.get("pid", 0), "holder.pid", 0, MOST_PID),
     )
 
 
@@ -134,8 +141,8 @@ def read_share(raw: object) -> Share | None:
     if (memory is None) == (places is None):
         raise BadDocument("share: either memory_mb or places is needed")
     if memory is not None:
-        return Share(memory_mb=_number(memory, "share.memory_mb", 0.0, 1e12))
-    return Share(places=_count(places, "share.places", 1, 1_000_000))
+        return Share(memory_mb=_number(memory, "share.memory_mb", 0.0, MOST_MB))
+    return Share(places=_count(places, "share.places", 1, MOST_PLACES))
 
 
 def _read_note(raw: object) -> str | None:
@@ -147,7 +154,7 @@ def _read_note(raw: object) -> str | None:
 
 
 def _read_keys(raw: object, what: str) -> tuple[str, ...]:
-    return tuple(_text(key, what, _LONGEST_KEY) for key in _list(raw, what, MAX_CARDS))
+    return tuple(_text(key, what, LONGEST_KEY) for key in _list(raw, what, MAX_CARDS))
 
 
 # --- requests -------------------------------------------------------------------------------------------------
@@ -189,9 +196,9 @@ def read_claim(fields: Mapping[str, Any]) -> Claim:
     groups: dict[int, dict[str, Wanted]] = {}
     for raw in _list(fields.get("cards"), "cards", MAX_CARDS):
         card = _object(raw, "cards")
-        key = _text(card.get("key"), "cards.key", _LONGEST_KEY)
+        key = _text(card.get("key"), "cards.key", LONGEST_KEY)
         room = card.get("room_mb")
-        room = None if room is None else _number(room, "cards.room_mb", -1e12, 1e12)
+        room = None if room is None else _number(room, "cards.room_mb", -MOST_MB, MOST_MB)
         group = _count(card.get("group", 0), "cards.group", 0, MAX_CARDS)
         groups.setdefault(group, {}).setdefault(key, Wanted(key, room))
     if not groups:
@@ -209,7 +216,7 @@ def read_claim(fields: Mapping[str, Any]) -> Claim:
         reserve=_flag(fields.get("reserve", True), "reserve"),
         note=_read_note(fields.get("note")),
         emptied={
-            _text(key, "emptied", _LONGEST_KEY): _seconds(age, "emptied")
+            _text(key, "emptied", LONGEST_KEY): _seconds(age, "emptied")
             for key, age in _object(fields.get("emptied", {}), "emptied").items()
         },
     )
@@ -222,9 +229,9 @@ def revocation_document(key: str, token: int, by: str) -> dict[str, Any]:
 def read_revocation(fields: Mapping[str, Any]) -> tuple[str, int, str]:
     """Card, fencing token and by whom, in the body of ``POST /v1/leases/revoke``."""
     return (
-        _text(fields.get("key"), "key", _LONGEST_KEY),
-        _count(fields.get("token"), "token", 0, _TOKEN_LIMIT),
-        clean_text(_text(fields.get("by"), "by", 1000))[:_LONGEST_NOTE],
+        _text(fields.get("key"), "key", LONGEST_KEY),
+        _count(fields.get("token"), "token", 0, TOKEN_LIMIT),
+        clean_text(_text(fields.get("by"), "by", LONGEST_TEXT))[:_LONGEST_NOTE],
     )
 
 
@@ -270,7 +277,7 @@ def read_grant(fields: Mapping[str, Any]) -> GrantDocument:
         raise BadDocument("cards: different cards are needed, at least one")
     return GrantDocument(
         cards=cards,
-        token=_count(fields.get("token"), "token", 1, _TOKEN_LIMIT),
+        token=_count(fields.get("token"), "token", 1, TOKEN_LIMIT),
         ttl=_number(fields.get("ttl"), "ttl", 0.01, MAX_TTL),
         since=_seconds(fields.get("since"), "since"),
     )
@@ -289,7 +296,7 @@ def read_reasons(fields: Mapping[str, Any]) -> dict[str, Reason]:
     for key, raw in _object(fields.get("reasons"), "reasons").items():
         reason = _object(raw, "reasons")
         code = _text(reason.get("code"), "reasons.code", 40)
-        reasons[key] = Reason(clean_text(code), clean_text(_text(reason.get("text"), "reasons.text", 1000)))
+        reasons[key] = Reason(clean_text(code), clean_text(_text(reason.get("text"), "reasons.text", LONGEST_TEXT)))
     return reasons
 
 
@@ -309,7 +316,7 @@ def read_why(fields: Mapping[str, Any], number: int) -> list[str | None]:
     told = _list(fields.get("why", []), "why", MAX_IDS)
     if len(told) != number:
         return [None] * number
-    return [None if each is None else clean_text(_text(each, "why", 1000)) for each in told]
+    return [None if each is None else clean_text(_text(each, "why", LONGEST_TEXT)) for each in told]
 
 
 def read_closed(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -346,7 +353,7 @@ def _read_lease_info(fields: Mapping[str, Any]) -> LeaseInfo:
     return LeaseInfo(
         cards=_read_keys(fields.get("cards"), "cards"),
         holder=read_holder(fields.get("holder")),
-        token=_count(fields.get("token"), "token", 0, _TOKEN_LIMIT),
+        token=_count(fields.get("token"), "token", 0, TOKEN_LIMIT),
         share=read_share(fields.get("share")),
         note=_read_note(fields.get("note")),
         since=_seconds(fields.get("since"), "since"),
@@ -412,11 +419,11 @@ def read_kept_lease(raw: object) -> tuple[Lease, tuple[float | None, ...]]:
     lease = Lease(
         id=_id(fields.get("id"), "id"),
         holder=read_holder(fields.get("holder")),
-        cards=tuple(_text(card.get("key"), "cards.key", _LONGEST_KEY) for card in cards),
-        token=_count(fields.get("token"), "token", 1, _TOKEN_LIMIT),
+        cards=tuple(_text(card.get("key"), "cards.key", LONGEST_KEY) for card in cards),
+        token=_count(fields.get("token"), "token", 1, TOKEN_LIMIT),
         share=read_share(fields.get("share")),
         note=_read_note(fields.get("note")),
         granted_at=granted_at,
         ttl=_number(fields.get("ttl"), "ttl", 0.01, MAX_TTL),
     )
-    return lease, tuple(None if room is None else _number(room, "room_mb", -1e12, 1e12) for room in rooms)
+    return lease, tuple(None if room is None else _number(room, "room_mb", -MOST_MB, MOST_MB) for room in rooms)

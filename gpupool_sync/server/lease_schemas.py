@@ -30,30 +30,71 @@ _SHARE: Schema = {
     "description": "a part of one card, by memory or as one of so many places; null: whole cards",
     "properties": {"memory_mb": {"type": "number"}, "places": {"type": "integer", "minimum": 1}},
 }
+
+# Of requests, with what is refused beyond: an answer may hold more than may be asked for.
+_KEY: Schema = {"type": "string", "minLength": 1, "maxLength": documents.LONGEST_KEY, "description": "UUID"}
+_WAITED: Schema = {**_SECONDS, "maximum": documents.MOST_SECONDS}
+_ASKED_SHARE: Schema = {
+    **_SHARE,
+    "properties": {
+        "memory_mb": {"type": "number", "minimum": 0, "maximum": documents.MOST_MB},
+        "places": {"type": "integer", "minimum": 1, "maximum": documents.MOST_PLACES},
+    },
+    "oneOf": [
+        {"type": "null"},
+        {"type": "object", "required": ["memory_mb"]},
+        {"type": "object", "required": ["places"]},
+    ],
+}
+_ASKING = as_object(
+    {
+        "id": {**_ID, "description": "of the pool that asks"},
+        "name": or_null("string"),
+        "user": _TEXT,
+        "host": _TEXT,
+        "pid": {**_COUNT, "maximum": documents.MOST_PID},
+    },
+    optional=("name", "user", "host", "pid"),
+)
 _CARD = as_object(
     {
-        "key": {"type": "string", "description": "UUID"},
-        "room_mb": or_null("number", "for shares by memory: what the client sees that it has, in MiB"),
-        "group": {**_COUNT, "description": "several cards are granted from one group only"},
+        "key": _KEY,
+        "room_mb": or_null(
+            "number",
+            "for shares by memory: what the client sees that it has, in MiB",
+            minimum=-documents.MOST_MB,
+            maximum=documents.MOST_MB,
+        ),
+        "group": {
+            **_COUNT,
+            "maximum": documents.MAX_CARDS,
+            "description": "several cards are granted from one group only",
+        },
     },
     optional=("room_mb", "group"),
 )
 _CLAIM = as_object(
     {
         "id": _ID,
-        "holder": _HOLDER,
-        "count": {"type": "integer", "minimum": 1, "default": 1},
-        "cards": {**as_list(_CARD), "description": "any of them will do; most wanted first"},
-        "share": _SHARE,
+        "holder": _ASKING,
+        "count": {"type": "integer", "minimum": 1, "maximum": documents.MAX_CARDS, "default": 1},
+        "cards": {
+            **as_list(_CARD),
+            "minItems": 1,
+            "maxItems": documents.MAX_CARDS,
+            "description": "any of them will do; most wanted first",
+        },
+        "share": _ASKED_SHARE,
         "ttl": _TTL,
-        "waited": {**_SECONDS, "description": "seconds that the client has waited already, wherever"},
+        "waited": {**_WAITED, "description": "seconds that the client has waited already, wherever"},
         "queue": {"type": "boolean", "default": False, "description": "leave a ticket if nothing is free"},
         "reserve": {"type": "boolean", "default": True, "description": "the ticket may hold cards back"},
         "note": or_null("string", "shown to others"),
         "emptied": {
             "type": "object",
             "description": "for closed cards: seconds since a reading showed the card empty",
-            "additionalProperties": _SECONDS,
+            "propertyNames": _KEY,
+            "additionalProperties": _WAITED,
         },
     },
     optional=("count", "share", "waited", "queue", "reserve", "note", "emptied"),
@@ -122,15 +163,24 @@ _REQUESTS: dict[str, Schema] = {
     "/v1/leases/withdraw": _IDS,
     "/v1/leases/revoke": as_object(
         {
-            "key": {"type": "string", "description": "UUID of a card"},
-            "token": {**_COUNT, "description": "the lease's, as GET /v1/leases tells it"},
-            "by": {"type": "string", "description": "who takes it away; its holder is told"},
+            "key": {**_KEY, "description": "UUID of a card"},
+            "token": {
+                **_COUNT,
+                "maximum": documents.TOKEN_LIMIT,
+                "description": "the lease's, as GET /v1/leases tells it",
+            },
+            "by": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": documents.LONGEST_TEXT,
+                "description": "who takes it away; its holder is told",
+            },
         }
     ),
     "/v1/wait": as_object(
         {
             "holder": {
-                "anyOf": [_TEXT, {**as_list(_TEXT), "maxItems": documents.MAX_HOLDERS}],
+                "anyOf": [_ID, {**as_list(_ID), "minItems": 1, "maxItems": documents.MAX_HOLDERS}],
                 "description": "the id of the holder whose tickets it is about, or several",
             },
             "timeout": {"type": "number", "minimum": 0, "maximum": documents.MAX_WAIT, "description": "seconds"},
