@@ -230,10 +230,10 @@ class Scripted:
     def __init__(self, status: int, document: object) -> None:
         self.answer = Answer(status, {}, json.dumps(document).encode(), 0.001)
 
-    def post(self, path, payload, deadline) -> Answer:
+    def post(self, path, payload, deadline, *more) -> Answer:
         return self.answer
 
-    def get(self, path, deadline) -> Answer:
+    def get(self, path, deadline, *more) -> Answer:
         return self.answer
 
     def close(self) -> None:
