@@ -6,7 +6,9 @@ refusal go on with the rest; then wait.  Nothing that blocks happens under a loc
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +154,8 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
             claims += _claim_all(state, engine, grant, request, seen, waiter, tickets)
             if grant.lease is not None:
                 return claims
+            if waiter.id != grant.id:
+                state.waiting.rename(waiter, grant.id)
             sleep = min(state.waiting.recheck(), tickets.pause())
             if state.settings.progress is not False:
                 waited = time.monotonic() - grant.asked_at
@@ -371,6 +375,25 @@ def _claim_all(
     return claims
 
 
+def _begin_anew(state: PoolState, grant: Grant) -> None:
+    """
+    Go on under another id: the lease of this one was granted and has ended, but its grant was never heard of.
+
+    That is what becomes of a claim whose answer is lost, when nobody can be asked again for as long as the ttl.
+    """
+    before = grant.id
+    for store in list(grant.asked):  # elsewhere it may still have a ticket
+        with contextlib.suppress(LeaseStoreError):
+            store.withdraw([before])
+    grant.asked.clear()
+    after = os.urandom(16).hex()
+    state.grants[after] = all_grants[after] = grant
+    grant.id = after
+    state.grants.pop(before, None)
+    all_grants.pop(before, None)
+    logger.info("a lease ended before its grant was heard of; asking anew")
+
+
 def _claim(
     state: PoolState,
     store: LeaseStore,
@@ -412,8 +435,10 @@ def _claim(
         grant.problems[id(store)] = f"no lease from {store.description}: {exc}"
         return False
     except LeaseLost:
-        # Only release_all() or close() can have released an id that no caller has yet.
-        raise PoolClosed("the pool's leases were all released while this call waited") from None
+        if state.closed:
+            raise PoolClosed("the pool was closed while this call waited") from None
+        _begin_anew(state, grant)
+        return False
     grant.problems.pop(id(store), None)
     if not isinstance(outcome, Granted):
         if isinstance(outcome, Queued) and (grant.position is None or outcome.position < grant.position):

@@ -75,6 +75,13 @@ class WaitingRoom:
             self._waiters[waiter.id] = waiter
             self.most = max(self.most, len(self._waiters))
 
+    def rename(self, waiter: Waiter, id: str) -> None:
+        """Its claim has another id from now on."""
+        with self._lock:
+            self._waiters.pop(waiter.id, None)
+            waiter.id = id
+            self._waiters[id] = waiter
+
     def leave(self, waiter: Waiter) -> None:
         """Go, whether served or not; idempotent."""
         with self._lock:
