@@ -285,10 +285,23 @@ def _check_server_name(name: object) -> str | None:
         raise ValueError(f"server_name: {exc}") from None
 
 
+#: A certificate by its fingerprint; OpenSSL prints it with colons.
+_PIN = re.compile(r"sha256[:=]([0-9a-f]{64})", re.IGNORECASE)
+
+
 def _check_verify(verify: object) -> bool | str:
     if isinstance(verify, bool):
         return verify
-    return _check_path(verify, "verify: True, False, or the path of a file or directory of CA certificates")
+    what = "verify: True, False, the path of a file or directory of CA certificates, or 'sha256:' and a fingerprint"
+    path = _check_path(verify, what)
+    if path.lower().startswith(("sha256:", "sha256=")):
+        found = _PIN.fullmatch(path[:7] + path[7:].replace(":", ""))
+        if found is None:
+            raise ValueError(
+                "verify: after 'sha256:' the 64 hexadecimal digits of a certificate's fingerprint are allowed"
+            )
+        return f"sha256:{found.group(1).lower()}"
+    return path
 
 
 def _check_cert(cert: object) -> str | tuple[str, str] | None:
@@ -323,7 +336,8 @@ class Endpoint:
     auth: tuple[str, str] | None = attrs.field(kw_only=True, repr=False)
     #: Sent with every request; sorted pairs.
     headers: tuple[tuple[str, str], ...] = attrs.field(kw_only=True, repr=False)
-    #: Whether to verify the server's certificate, or the path of the CA certificates to do it with.
+    #: Whether to verify the server's certificate, or the path of the CA certificates to do it with, or ``sha256:`` and
+    #: the fingerprint of the one certificate that is accepted.
     verify: bool | str = attrs.field(kw_only=True)
     #: Client certificate: one path, or the paths of certificate and key.
     cert: str | tuple[str, str] | None = attrs.field(kw_only=True, repr=False)
@@ -365,6 +379,11 @@ class Endpoint:
         # Raised outside the handler: a chained exception could hold on to what the message leaves out.
         problem = None
         try:
+            bare, hash_, fragment = url.partition("#")
+            if hash_ and fragment.lower().startswith("sha256"):
+                if verify is not True:
+                    raise ValueError("verify is given, and a fingerprint in the URL as well; one of them is allowed")
+                verify, url = fragment, bare
             canonical, in_url = _canonical_url(url)
             if in_url is not None and auth is not None:
                 raise ValueError("auth is given, and a user in the URL as well; one of them is allowed")
@@ -997,7 +1016,7 @@ def _endpoint_in_table(table: Mapping[str, Any], origin: str, directory: str) ->
         raise ConfigError(f"{origin}.url: the URL of a server is needed, such as 'http://server1:8000'")
     for key in ("verify", "cert"):
         value = options.get(key)
-        if isinstance(value, str) and value:
+        if isinstance(value, str) and value and not value.lower().startswith(("sha256:", "sha256=")):
             options[key] = os.path.join(directory, value)
         elif isinstance(value, list):
             options[key] = [os.path.join(directory, each) if isinstance(each, str) else each for each in value]

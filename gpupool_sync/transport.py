@@ -453,6 +453,11 @@ class Transport:
         for cause in causes:
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, TimeoutError):
                 return self._unavailable(_tls_trouble(cause, where))
+            # urllib3 looks at nothing else itself.
+            if isinstance(cause, urllib3.exceptions.SSLError) and "ingerprint" in str(cause):
+                return self._unavailable(
+                    f"the certificate of {where} has another fingerprint than the one it should have"
+                )
         for cause in causes:
             if isinstance(cause, TimeoutError):
                 what = "connection" if exchange.connecting else "complete answer"
@@ -889,6 +894,7 @@ class _Adapter(HTTPAdapter):
         context: _TLSContext | None,
         proxy_context: _TLSContext | None,
         server_name: str | None = None,
+        pin: str | None = None,
     ) -> None:
         self._url = url
         self._proxy = proxy
@@ -897,6 +903,9 @@ class _Adapter(HTTPAdapter):
             self._tls = {"ssl_context": context, "cert_reqs": context.verify_mode}
             if server_name is not None:
                 self._tls["server_hostname"] = server_name
+            if pin is not None:
+                # Instead of names, dates and issuers: this certificate and no other.
+                self._tls["assert_fingerprint"] = pin.partition(":")[2]
         self._proxy_tls: dict[str, Any] = {} if proxy_context is None else {"proxy_ssl_context": proxy_context}
         self._pool: HTTPConnectionPool | None = None
         super().__init__(pool_connections=1, pool_maxsize=_POOL_SIZE, max_retries=retries, pool_block=False)
@@ -978,7 +987,9 @@ class _Link:
             }
         )
         session.auth = _credentials(endpoint)
-        settings = session.merge_environment_settings(endpoint.url, {}, True, endpoint.verify, endpoint.cert)
+        pin = endpoint.verify if isinstance(endpoint.verify, str) and endpoint.verify.startswith("sha256:") else None
+        trusted = endpoint.verify if pin is None else False
+        settings = session.merge_environment_settings(endpoint.url, {}, True, trusted, endpoint.cert)
         verify: Any = settings["verify"]
         proxies = dict(settings["proxies"])
         chosen = requests.utils.select_proxy(endpoint.url, proxies)
@@ -990,7 +1001,8 @@ class _Link:
             raise ValueError(f"a proxy of the kind {proxy.scheme} is not supported; NO_PROXY goes around it")
         context = _tls_context(verify, endpoint.cert) if endpoint.url.startswith("https:") else None
         # Without the client certificate, which is not meant for the proxy.
-        proxy_context = _tls_context(verify, None) if proxy.scheme == "https" else None
+        # The proxy is somebody else: the fingerprint is not its.
+        proxy_context = _tls_context(verify if pin is None else True, None) if proxy.scheme == "https" else None
         retries = _Retry(
             total=max_retries,
             allowed_methods=None,
@@ -999,11 +1011,11 @@ class _Link:
             backoff_factor=0.02,
             backoff_max=1.0,
         )
-        adapter = _Adapter(endpoint.url, chosen or "", retries, context, proxy_context, endpoint.server_name)
+        adapter = _Adapter(endpoint.url, chosen or "", retries, context, proxy_context, endpoint.server_name, pin)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         shown = f"{proxy.hostname}:{proxy.port}" if proxy.port else proxy.hostname or ""
-        return cls(session, adapter, verify is not False, proxies, _plain(shown))
+        return cls(session, adapter, verify is not False and pin is None, proxies, _plain(shown))
 
     def request(self, method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
         request = self._prepared.get((method, url))

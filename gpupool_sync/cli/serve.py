@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from gpupool_sync.cli._common import Number, Seconds, json_option, print_json
@@ -72,6 +74,33 @@ from gpupool_sync.cli._common import Number, Seconds, json_option, print_json
     is_flag=True,
     help="Grant leases although only this container sees the locks: nobody outside uses its GPUs without asking here.",
 )
+@click.option(
+    "--init",
+    is_flag=True,
+    help="Make a token and a certificate in --config-dir, print the line for clients, and end.",
+)
+@click.option(
+    "--config-dir",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path),
+    help="Where --init puts them, and where they are found.  [default: ~/.config/gpupool-sync]",
+)
+@click.option(
+    "--tokens",
+    metavar="FILE",
+    help="Who is let in: lines of USER TOKEN, or USER TOKEN admin; read again when it changes.  "
+    "[default: tokens of --config-dir if it is there; also GPU_SERVER_TOKENS=USER:TOKEN,…]",
+)
+@click.option("--public-stats", is_flag=True, help="Statistics need no token, leases do.")
+@click.option(
+    "--tls-cert", metavar="FILE", help="Certificate, PEM.  [default: cert.pem of --config-dir if it is there]"
+)
+@click.option("--tls-key", metavar="FILE", help="Its key, PEM.  [default: key.pem of --config-dir if it is there]")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="No TLS, though other machines connect: whoever can read the network's packets has the tokens, and your GPUs.",
+)
 @json_option
 @click.pass_context
 def serve(
@@ -89,6 +118,13 @@ def serve(
     lock_dir: str | None,
     no_leases: bool,
     container_ok: bool,
+    init: bool,
+    config_dir: Path | None,
+    tokens: str | None,
+    public_stats: bool,
+    tls_cert: str | None,
+    tls_key: str | None,
+    insecure: bool,
     as_json: bool,
 ) -> None:
     """
@@ -104,8 +140,19 @@ def serve(
     require_extra("server", "fastapi", "uvicorn")
 
     from gpupool_sync import devices
-    from gpupool_sync.server import run
+    from gpupool_sync.server import run, setup
 
+    directory = setup.default_directory() if config_dir is None else config_dir
+    if init:
+        _init(directory, host, port, as_json)
+        return
+    found = {
+        name: str(directory / name) for name in (setup.TOKENS, setup.CERT, setup.KEY) if (directory / name).exists()
+    }
+    if config_dir is not None and not found:
+        raise click.UsageError(f"there is nothing in {config_dir}; --init makes it")
+    if tls_cert is None and tls_key is None and not insecure:
+        tls_cert, tls_key = found.get(setup.CERT), found.get(setup.KEY)
     options = run.Options.resolve(
         host=host,
         port=port,
@@ -114,6 +161,11 @@ def serve(
         leases=not no_leases,
         lock_dir=lock_dir,
         container_ok=container_ok,
+        tokens=found.get(setup.TOKENS) if tokens is None else tokens,
+        public_stats=public_stats,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
     )
     reader: devices.Reader
     if simulate is None:
@@ -135,6 +187,24 @@ def serve(
 def _simulated_name(host: str, port: int) -> str:
     """Two servers on two ports stand for two machines: with one name they would have the same GPUs."""
     return host if port in (0, 8000) else f"{host}-{port}"
+
+
+def _init(directory: Path, host: str | None, port: str | None, as_json: bool) -> None:
+    import getpass
+
+    from gpupool_sync.server import run, setup
+
+    options = run.Options.resolve(host=host, port=port)
+    made = setup.init(directory, getpass.getuser())
+    name = run.url_of("" if options.host == run.Options().host else options.host, options.port).partition("://")[2]
+    url = made.url(name.rpartition(":")[0].strip("[]"), options.port)
+    if as_json:
+        print_json({"directory": made.directory, "user": made.user, "fingerprint": made.fingerprint, "url": url})
+        return
+    click.echo(f"made {made.directory}: a token, a certificate and its key. Serve this machine's GPUs to others:")
+    click.echo("    gpupool-sync serve --host 0.0.0.0")
+    click.echo("and say on the machines of those who may use them (it has the token in it):")
+    click.echo(f"    export GPU_SERVICE_ENDPOINTS='{url}'")
 
 
 def _only_with_simulate(context: click.Context, simulate: str | None) -> None:

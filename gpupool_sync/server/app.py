@@ -15,6 +15,7 @@ from gpupool_sync import wire
 from gpupool_sync.devices.simulated import SimulatedReader, parse_cards
 from gpupool_sync.models import Sample
 from gpupool_sync.server import schemas
+from gpupool_sync.server.access import user_of
 from gpupool_sync.server.asgi import METRICS_PATH
 from gpupool_sync.server.pages import PATHS, Answer, Pages
 from gpupool_sync.server.sampler import Sampler
@@ -108,7 +109,8 @@ def _add_leases(app: FastAPI, leases: LeaseAPI) -> None:
     async def handle(request: Request) -> Response:
         scope = request.scope
         return _response(
-            await leases.answer(request.method, scope["path"], scope["headers"], request.receive), head=False
+            await leases.answer(request.method, scope["path"], scope["headers"], request.receive, user_of(scope)),
+            head=False,
         )
 
     for path, methods in LEASE_PATHS.items():

@@ -34,6 +34,7 @@ from gpupool_sync.leases.base import Claim, Granted, Lease, LeaseInfo, Outcome, 
 from gpupool_sync.leases.documents import BadDocument, digest
 from gpupool_sync.leases.host import HostStore, boot_id
 from gpupool_sync.models import LeaseOffer, Reason
+from gpupool_sync.server.access import Audit, User, user_of
 from gpupool_sync.server.asgi import Message, Receive, Scope, Send, send_answer
 from gpupool_sync.server.pages import Answer
 
@@ -129,8 +130,10 @@ class Granter:
         ticket_ttl: float = TICKET_TTL,
         clock: Callable[[], float] = boottime,
         on_held: Callable[[frozenset[str]], object] | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self.store = store
+        self.audit = audit or Audit()
         self.ticket_ttl = ticket_ttl
         self._own = own
         self._clock = clock
@@ -257,7 +260,23 @@ class Granter:
             self._leases[claim.id] = remote
             self._due = min(self._due, remote.deadline)
             self._counts["grants"] += 1
+        self._note("grant", lease)
         return lease
+
+    def _note(self, event: str, lease: Lease) -> None:
+        self.audit.note(event, user=lease.holder.user, holder=str(lease.holder), cards=lease.cards, token=lease.token)
+
+    def owner_of(self, claim_id: str) -> str | None:
+        """The user who has this lease or ticket; None if there is none, or none any more."""
+        with self._lock:
+            remote, ticket = self._leases.get(claim_id), self._tickets.get(claim_id)
+        return remote.lease.holder.user if remote is not None else None if ticket is None else ticket.holder.user
+
+    def owner_of_card(self, key: str, token: int) -> str | None:
+        """The user elsewhere who has the card by the lease with this fencing token."""
+        with self._lock:
+            leases = [each.lease for each in self._leases.values()]
+        return next((each.holder.user for each in leases if each.token == token and key in each.cards), None)
 
     def _less(self) -> None:
         # Written at the next tick: should we die before, the cards' own records say that they were given back.
@@ -319,9 +338,11 @@ class Granter:
         with self._lock:
             self._remember_gone_locked(claim_id, self._clock())
             self._tickets.pop(claim_id, None)
-            held = self._leases.pop(claim_id, None) is not None
-            self._counts["releases"] += held
-            return held
+            held = self._leases.pop(claim_id, None)
+            self._counts["releases"] += held is not None
+        if held is not None:
+            self._note("release", held.lease)
+        return held is not None
 
     def _remember_gone_locked(self, claim_id: str, now: float) -> None:
         gone = self._gone
@@ -356,6 +377,7 @@ class Granter:
         for lease_id, remote in late:
             with self._stripe(lease_id):
                 self.store.expire([lease_id])
+            self._note("expiry", remote.lease)
             logger.warning(
                 "the lease of %s on %s was not renewed for %g s and has ended",
                 remote.lease.holder,
@@ -753,11 +775,18 @@ class LeaseAPI:
         return path in PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self.answer(scope["method"], scope["path"], scope["headers"], receive)
+        answer = await self.answer(scope["method"], scope["path"], scope["headers"], receive, user_of(scope))
         await send_answer(send, answer, head=scope["method"] == "HEAD")
 
-    async def answer(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> Answer:
-        """The answer to a request for one of `PATHS`."""
+    async def answer(
+        self,
+        method: str,
+        path: str,
+        headers: Iterable[tuple[bytes, bytes]],
+        receive: Receive,
+        user: User | None = None,
+    ) -> Answer:
+        """The answer to a request for one of `PATHS`, of this *user*; None: of anybody, as no tokens are asked for."""
         methods = PATHS[path]
         if method == "HEAD" and "GET" in methods:
             method = "GET"
@@ -771,7 +800,7 @@ class LeaseAPI:
             fields = await _read(headers, receive)
             if path == "/v1/wait":
                 return await self._wait(fields, receive)
-            return await self._run(self._do, path, fields)
+            return await self._run(self._do, path, fields, user)
         except _Refusal as exc:
             return exc.answer
         except BadAnswer as exc:
@@ -801,21 +830,36 @@ class LeaseAPI:
         tickets = self.granter.store.queue()
         return _answer(200, {"queue": [documents.ticket_info_document(info) for info in tickets]})
 
-    def _do(self, path: str, fields: Mapping[str, Any]) -> Answer:
+    def _do(self, path: str, fields: Mapping[str, Any], user: User | None = None) -> Answer:
         if path == "/v1/leases":
-            return self._claim(documents.read_claim(fields))
+            claim = documents.read_claim(fields)
+            if user is not None:
+                # Whose it is the token says, not the client.
+                claim = attrs.evolve(claim, holder=attrs.evolve(claim.holder, user=user.name))
+            return self._claim(claim)
         if path == "/v1/leases/revoke":
             key, token, by = documents.read_revocation(fields)
+            if user is not None:
+                by = f"{user.name} ({by})"
+                if not user.admin and self.granter.owner_of_card(key, token) != user.name:
+                    return self._forbidden(path, user, "only an admin's token takes a GPU from somebody else")
             found = self.granter.revoke(key, token, by)
             if found:
+                self.granter.audit.note("force", user=None if user is None else user.name, by=by, card=key, token=token)
                 logger.warning("the lease with token %d on %s was revoked by %s", token, key, by)
             return _answer(200, {"found": found})
         ids = documents.read_ids(fields)
+        if user is not None and not {self.granter.owner_of(each) for each in ids} <= {user.name, None}:
+            return self._forbidden(path, user, "a lease can be renewed and released with its own user's token only")
         if path == "/v1/leases/renew":
             alive, revoked = self.granter.renew(ids)
             return _answer(200, {"alive": alive, "why": [revoked.get(each) for each in ids]})
         self.granter.release(ids)
         return _answer(200, {})
+
+    def _forbidden(self, path: str, user: User, why: str) -> Answer:
+        self.granter.audit.denied(why=why, user=user.name, path=path)
+        return _error(403, "forbidden", why)
 
     def _claim(self, claim: Claim) -> Answer:
         outcome, now = self.granter.claim(claim)
@@ -937,6 +981,7 @@ def open_leases(
     own: Callable[[str], bool],
     on_held: Callable[[frozenset[str]], object] | None = None,
     private_ok: bool = True,
+    audit: Audit | None = None,
 ) -> LeaseAPI:
     """
     The lease API of a server on *port*, with the locks in *lock_dir* (None: the directory that this host shares).
@@ -955,5 +1000,5 @@ def open_leases(
         )
     # A server per user and port: each remembers its own leases.
     name = f"server-{os.geteuid()}-{port}.state"
-    granter = Granter(store, own=own, state_path=os.path.join(store.path, name), on_held=on_held)
+    granter = Granter(store, own=own, state_path=os.path.join(store.path, name), on_held=on_held, audit=audit)
     return LeaseAPI(granter, lock_dir=store.path)

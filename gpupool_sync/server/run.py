@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -22,6 +23,7 @@ from gpupool_sync.devices import Reader
 from gpupool_sync.devices.simulated import SimulatedReader
 from gpupool_sync.errors import ConfigError, GPUPoolError
 from gpupool_sync.server import require_extra
+from gpupool_sync.server.access import Audit, Guard, Tokens, audit_log
 from gpupool_sync.server.asgi import METRICS_PATH, App, Front
 from gpupool_sync.server.connections import ACCEPTED_AT_ONCE, KEEP_ALIVE, MAX_HEAD, Connections, allowed_connections
 from gpupool_sync.server.metrics import SUMMARY as METRICS_SUMMARY
@@ -56,6 +58,11 @@ class Options:
     leases: bool = True  # whether to grant leases on the cards
     lock_dir: str | None = None  # where the locks are; None: where this host's processes have theirs
     container_ok: bool = False  # whether to grant leases although only this container sees the locks
+    tokens: str | None = None  # the file of the tokens that let in; None: those of the variable, if any
+    public_stats: bool = False  # whether statistics are for everybody, and only leases need a token
+    tls_cert: str | None = None  # the file of the certificate, and of its chain; None: no TLS
+    tls_key: str | None = None  # the file of its key
+    insecure: bool = False  # whether tokens may travel without TLS
 
     @classmethod
     def resolve(
@@ -68,6 +75,11 @@ class Options:
         leases: bool = True,
         lock_dir: str | None = None,
         container_ok: bool = False,
+        tokens: str | None = None,
+        public_stats: bool = False,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        insecure: bool = False,
         environ: Mapping[str, str] | None = None,
     ) -> Options:
         """
@@ -101,7 +113,17 @@ class Options:
             leases=leases,
             lock_dir=_lock_dir(lock_dir, leases),
             container_ok=container_ok,
+            tokens=tokens,
+            public_stats=public_stats,
+            **_tls(tls_cert, tls_key),
+            insecure=insecure,
         )
+
+
+def _tls(cert: str | None, key: str | None) -> dict[str, str | None]:
+    if (cert is None) != (key is None):
+        raise ConfigError("--tls-cert and --tls-key: both are needed, or none")
+    return {"tls_cert": cert, "tls_key": key}
 
 
 def _port(value: object, origin: str) -> int:
@@ -182,11 +204,37 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def url_of(host: str, port: int) -> str:
+def is_loopback(sockets: Sequence[socket.socket]) -> bool:
+    """Whether only this machine can connect to them."""
+    return all(ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
+
+
+def _check_access(options: Options, tokens: Tokens, sockets: Sequence[socket.socket]) -> str | None:
+    """
+    Why no leases can be granted to other machines, if so.
+
+    Raises:
+        ConfigError: tokens would travel where others can read them.
+    """
+    if is_loopback(sockets):
+        return None
+    if tokens and options.tls_cert is None and not options.insecure:
+        raise ConfigError(
+            "tokens need TLS where other machines connect: gpupool-sync serve --init makes a certificate. With "
+            "--insecure they travel as they are: whoever can read the network's packets can then use your GPUs in your "
+            "name, until you revoke the token"
+        )
+    if options.leases and not tokens:
+        return "other machines can connect, and leases for them need a token: gpupool-sync serve --init makes one"
+    return None
+
+
+def url_of(host: str, port: int, *, tls: bool = False) -> str:
     """The URL by which a client on the network, or here, reaches a server on *host*."""
     if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
         host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def make_front(sampler: Sampler, config: Mapping[str, Any], leases: LeaseAPI | None = None) -> Front:
@@ -209,7 +257,9 @@ def make_front(sampler: Sampler, config: Mapping[str, Any], leases: LeaseAPI | N
     return front
 
 
-def make_leases(sampler: Sampler, lock_dir: str | None, port: int, *, container_ok: bool = False) -> LeaseAPI:
+def make_leases(
+    sampler: Sampler, lock_dir: str | None, port: int, *, container_ok: bool = False, audit: Audit | None = None
+) -> LeaseAPI:
     """
     The lease API for the cards that *sampler* reads, which must not have been started yet.
 
@@ -223,35 +273,58 @@ def make_leases(sampler: Sampler, lock_dir: str | None, port: int, *, container_
     reader = sampler.reader
     on_held = reader.set_leased if isinstance(reader, SimulatedReader) else None
     leases = open_leases(
-        lock_dir, port=port, own=sampler.owns, on_held=on_held, private_ok=container_ok or on_held is not None
+        lock_dir,
+        port=port,
+        own=sampler.owns,
+        on_held=on_held,
+        private_ok=container_ok or on_held is not None,
+        audit=audit,
     )
     sampler.offer = leases.offer
     return leases
 
 
-def make_server(app: App, *, access_log: bool = False, connections: Connections | None = None) -> uvicorn.Server:
-    """uvicorn, set up for many small answers over few connections."""
+def make_server(
+    app: App,
+    *,
+    access_log: bool = False,
+    connections: Connections | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> uvicorn.Server:
+    """
+    uvicorn, set up for many small answers over few connections.
+
+    Raises:
+        ConfigError: the certificate or its key cannot be used.
+    """
     require_extra("server", "fastapi", "uvicorn")
     import uvicorn
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     connections = Connections() if connections is None else connections
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=connections.bound(AutoHTTPProtocol),
-            h11_max_incomplete_event_size=MAX_HEAD,
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=access_log,
-            server_header=False,
-            proxy_headers=False,
-            backlog=ACCEPTED_AT_ONCE,
-            timeout_keep_alive=int(KEEP_ALIVE),
-            timeout_graceful_shutdown=GRACE,
-        )
+    config = uvicorn.Config(
+        app,
+        http=connections.bound(AutoHTTPProtocol),
+        h11_max_incomplete_event_size=MAX_HEAD,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=access_log,
+        server_header=False,
+        proxy_headers=False,
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=int(KEEP_ALIVE),
+        timeout_graceful_shutdown=GRACE,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
     )
+    if tls_cert is not None:
+        try:
+            config.load()
+        except (OSError, ValueError) as exc:  # ssl.SSLError is one
+            raise ConfigError(f"the certificate {tls_cert} with the key {tls_key} cannot be used: {exc}") from exc
+    return uvicorn.Server(config)
 
 
 @contextlib.contextmanager
@@ -291,6 +364,7 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    audit_log.setLevel(logging.INFO)  # whatever else is told
     # uvicorn tells at "info" what is announced here already.
     logging.getLogger("uvicorn").setLevel(logging.DEBUG if options.log_level == "debug" else logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
@@ -305,10 +379,21 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
             ending.callback(sock.close)
         port = int(sockets[0].getsockname()[1])
         config = {"host": options.host, "port": port, "log_level": options.log_level}
-        leases = _open_leases(sampler, options, port, ending)
+        tokens, audit = Tokens(options.tokens), Audit()
+        if (why_not := _check_access(options, tokens, sockets)) is not None:
+            logger.warning("this server grants no leases: %s", why_not)
+            options = attrs.evolve(options, leases=False)
+        leases = _open_leases(sampler, options, port, ending, audit)
+        front: App = make_front(sampler, config, leases)
+        if tokens:
+            front = Guard(front, tokens, audit, public_stats=options.public_stats)
         connections = Connections(allowed_connections())
         server = make_server(
-            make_front(sampler, config, leases), access_log=options.log_level == "debug", connections=connections
+            front,
+            access_log=options.log_level == "debug",
+            connections=connections,
+            tls_cert=options.tls_cert,
+            tls_key=options.tls_key,
         )
         if leases is not None:
             # Who only waits must leave connections to the others.
@@ -320,7 +405,7 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
             sampler.start()
             sampler.wait_for_first(FIRST_SAMPLE)
             # They listen already: whoever connects from now on is served.
-            announcement = _announcement(options.host, port, sampler, leases)
+            announcement = _announcement(options, port, sampler, leases)
             announce(announcement)
             if not announcement.gpus:
                 logger.warning(
@@ -352,14 +437,16 @@ def _simulated_lock_dir(reader: SimulatedReader, port: int, ending: contextlib.E
     return path
 
 
-def _open_leases(sampler: Sampler, options: Options, port: int, ending: contextlib.ExitStack) -> LeaseAPI | None:
+def _open_leases(
+    sampler: Sampler, options: Options, port: int, ending: contextlib.ExitStack, audit: Audit
+) -> LeaseAPI | None:
     if not options.leases:
         return None
     lock_dir = options.lock_dir
     if lock_dir is None and isinstance(sampler.reader, SimulatedReader):
         lock_dir = _simulated_lock_dir(sampler.reader, options.port, ending)
     try:
-        return make_leases(sampler, lock_dir, port, container_ok=options.container_ok)
+        return make_leases(sampler, lock_dir, port, container_ok=options.container_ok, audit=audit)
     except GPUPoolError as exc:
         if options.lock_dir is not None:
             raise
@@ -389,11 +476,11 @@ class Announcement:
         return f"serving {self.url} ({cards}); for clients: export GPU_SERVICE_ENDPOINTS={self.url}"
 
 
-def _announcement(host: str, port: int, sampler: Sampler, leases: LeaseAPI | None) -> Announcement:
+def _announcement(options: Options, port: int, sampler: Sampler, leases: LeaseAPI | None) -> Announcement:
     published = sampler.published
     sample = published.sample
     return Announcement(
-        url=url_of(host, port),
+        url=url_of(options.host, port, tls=options.tls_cert is not None),
         gpus=None if sample is None else len(sample.gpus),
         gpus_unavailable=0 if sample is None else len(sample.faults),
         source=str(published.error) if sample is None else sampler.reader.description,
