@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": ("doctor", "Check configuration, servers and this machine; say what to do."),
     "demo": ("demo", "Share out 14 simulated GPUs, lose a server, take it back."),
     "serve": ("serve", "Serve the statistics of this machine's GPUs, or of simulated ones."),
+    "service": ("service", "Print what starts the server with this machine: systemd, cron or compose."),
 }
 
 
