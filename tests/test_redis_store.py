@@ -647,3 +647,82 @@ def test_a_claim_of_many_cards_is_read_whole(store):
     assert granted(store.claim(wish)) == tuple(cards[20:1020])
     store.release(["many"])
     assert len(store.leases()) == 20
+
+
+# -- the short way of usual claims ------------------------------------------------------------------------------
+
+
+class OnlyTheLongWay(RedisStore):
+    """Its scripts take nothing for usual."""
+
+    def _told(self, name, body, *usual):
+        return super()._told(name, body, "", *usual[1:]) if usual else super()._told(name, body)
+
+
+def test_the_short_way_leaves_the_same_behind(shared_server, namespace, clock):
+    """
+    One whole card with nobody waiting is claimed and released by a few commands: answers and data are those of the
+    whole script, whatever came before.
+    """
+    import redis
+
+    made = {
+        kind: kind(shared_server.url, namespace=namespace + kind.__name__, quarantine=0.0, clock=clock)
+        for kind in (RedisStore, OnlyTheLongWay)
+    }
+    client = redis.Redis.from_url(shared_server.url)
+
+    def left(kind):
+        prefix = f"{{{namespace}{kind.__name__}}}:"
+        hashes = {name: client.hgetall(prefix + name) for name in ("leases", "cards", "released", "closed", "wants")}
+        sets = {name: client.zrange(prefix + name, 0, -1, withscores=True) for name in ("expires", "gone", "order")}
+        # What is over is swept away by whoever comes by.
+        sets["gone"] = [(each, until) for each, until in sets["gone"] if until > clock() * 1e6]
+        return {**hashes, **sets, "token": client.get(prefix + "token")}
+
+    short: set[str] = set()
+    for kind, store in made.items():
+        ask = store._told
+        if kind is RedisStore:
+
+            def noted(name, body, *usual, ask=ask):
+                answer = ask(name, body, *usual)
+                if isinstance(answer, list):
+                    short.add(name)
+                return answer
+
+            store._told = noted
+    steps = random.Random(7)
+    names: list[str] = []
+    for number in range(200):
+        clock.advance(steps.choice([0.0, 0.001, 0.5, 20.0, 70.0]))
+        what = steps.random()
+        if what < 0.55:
+            name = steps.choice(names) if names and steps.random() < 0.2 else f"step-{number}"
+            wish = claim(
+                *steps.sample("abc", steps.randint(1, 3)),
+                id=name,
+                count=1 if steps.random() < 0.8 else 2,
+                share=None if steps.random() < 0.8 else Share(places=2),
+                queue=steps.random() < 0.2,
+                note=steps.choice([None, "", "a note"]),
+            )
+            names = [*names, name][-6:]
+            call = lambda store, wish=wish: store.claim(wish)  # noqa: E731
+        elif what < 0.9:
+            ids = steps.sample(names, min(len(names), steps.choice([1, 1, 1, 2])))
+            call = lambda store, ids=ids: store.release(ids)  # noqa: E731
+        else:
+            call = lambda store, ids=tuple(names): store.renew(ids)  # noqa: E731
+        told = []
+        for store in made.values():
+            try:
+                told.append(call(store))
+            except (LeaseStoreError, LeaseLost) as exc:
+                told.append((type(exc), str(exc)))
+        assert told[0] == told[1], number
+        assert left(RedisStore) == left(OnlyTheLongWay), number
+    assert short == {"claim", "release"}
+    for store in made.values():
+        store.close()
+    client.close()
