@@ -46,6 +46,8 @@ class StillCards:
     def read(self, timeout: float) -> Sample:
         return Sample(self._gpus, boottime(), host=HERE)
 
+    def await_turn(self, deadline: Deadline) -> None: ...
+
     def fetch(self, deadline: Deadline) -> Sample:
         return Sample(self._gpus, boottime())
 

@@ -30,6 +30,8 @@ class Server:
     def __init__(self, delay: float) -> None:
         self._delay = delay
 
+    def await_turn(self, deadline: Deadline) -> None: ...
+
     def fetch(self, deadline: Deadline) -> Sample:
         if self._delay:
             time.sleep(self._delay)
@@ -47,13 +49,13 @@ def run(mode: Mode) -> Report:
     say("bookkeeping")
     number = mode.pick(smoke=50, quick=10_000, full=30_000)
     found = _compared(mode, 0.0, number, 1)
-    with_it, bare = column(found, "polled", "wall"), column(found, "bare", "wall")
+    with_it, bare = column(found, "polled", "cpu"), column(found, "bare", "cpu")
     added = [max(0.0, mine - other) for mine, other in zip(with_it, bare, strict=True)]
     calls = mode.pick(smoke=2, quick=100, full=300)
     together = _compared(mode, EXCHANGE, calls, THREADS)
     return Report(
         [
-            Row("added to a call", added, target=ADDED),
+            Row("processor time added to a call", added, target=ADDED),
             Row(
                 f"{THREADS} threads, calls of {1000 * EXCHANGE:g} ms",
                 column(together, "polled", "wall"),

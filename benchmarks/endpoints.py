@@ -81,7 +81,7 @@ def _first_grant(urls: list[str]) -> Measures:
 
 
 def _beside_one(mode: Mode, size: int, bad: int, fault: str) -> list[Row]:
-    number = mode.pick(smoke=10, quick=1000, full=3000)
+    number = mode.pick(smoke=10, quick=500, full=3000)
     rounds = min(mode.rounds, 7)
     what = f"{size} endpoints" if size > 1 else "1 endpoint"
     if bad:

@@ -32,7 +32,7 @@ def run(mode: Mode) -> Report:
     """One thread, eight threads, and 8000 GPUs."""
     # Enough that each thread has its turn several times: a handful of fast pairs would end within one time slice of the
     # interpreter (5 ms), and the threads would run one after the other.
-    pairs = mode.pick(smoke=20, quick=5000, full=5000)
+    pairs = mode.pick(smoke=20, quick=3000, full=5000)
     rows: list[Row] = []
     notes: list[str] = []
     names = {"psycopg_pool": "psycopg_pool", "sqlalchemy": "SQLAlchemy QueuePool"}

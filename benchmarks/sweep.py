@@ -93,7 +93,7 @@ def _one_size(mode: Mode, urls: Sequence[str]) -> list[Row]:
         # A sequential sweep of 1000 takes 20 s: once is enough to show it, and outside of the full run all we have.
         aside = size >= 1000 and not mode.full
         if not aside:
-            contenders.append(Contender("sequential", _turn(one_by_one, size, 1 if size >= 100 else repeat)))
+            contenders.append(Contender("sequential", _turn(one_by_one, size, 1 if size >= 100 else min(2, repeat))))
         rounds = min(mode.rounds, MOST_ROUNDS) if size >= 1000 else mode.rounds
         found = take_turns(contenders, rounds, warm=size < 1000)
         if aside:
