@@ -1,14 +1,15 @@
 """The Redis store: beside two PINGs, which is what two exchanges cost, and beside redis-py's Lock.
 
 Both ask one Redis on loopback.  Alone, each takes and gives back; with 16 processes each takes any of 8 cards and gives
-it back at once, and who finds none free tries again at once.  A Lock is one card, so its users try one after the other,
-beginning anywhere; it knows no queue and no card that would do as well.
+it back at once, and who finds none free looks again after a millisecond.  A Lock is one card, so its users try one
+after the other, beginning anywhere; it knows no queue and no card that would do as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 
@@ -21,6 +22,8 @@ TITLE = "Leases at a Redis"
 
 GPUS = 8
 PROCESSES = 16
+#: Seconds between two looks when no card is free.
+POLL = 0.001
 #: Largest ratio to two PINGs and to the Lock; smallest of the rates.
 PINGS, LOCK, RATE = 2.0, 1.5, 2.5
 
@@ -125,7 +128,7 @@ def _store(url: str) -> Iterator[Take]:
     def take() -> Iterator[None]:
         claim = make()
         while not isinstance(outcome := store.claim(claim), Granted):
-            pass
+            time.sleep(POLL)
         yield
         store.release([outcome.lease.id])
 
@@ -160,6 +163,7 @@ def _locks(url: str) -> Iterator[Take]:
                 lock = next((each for each in locks[first:] + locks[:first] if each.acquire(blocking=False)), None)
                 if lock is not None:
                     break
+                time.sleep(POLL)
             yield
             lock.release()
 
