@@ -250,7 +250,7 @@ class Program:
         self._process.communicate()
         os.close(self._master)
 
-    def wait_for(self, pattern: str, timeout: float = 30.0) -> None:
+    def wait_for(self, pattern: str, timeout: float = 100.0) -> None:
         """Until the terminal has shown it."""
         end = time.monotonic() + timeout
         while not re.search(pattern, self.seen):
@@ -277,7 +277,7 @@ class Program:
 
     def end(self) -> list[str]:
         """What it printed, once it has ended and everything it showed was read."""
-        out, _ = self._process.communicate(timeout=40)
+        out, _ = self._process.communicate(timeout=120)
         while self._read(time.monotonic() + 5):
             pass
         assert self._process.returncode == 0, self.seen
@@ -334,7 +334,7 @@ def test_who_has_not_asked_is_shown_nothing(mode, options, terminal):
 
 @pytest.mark.real
 def test_a_short_wait_imports_nothing():
-    """Before two seconds nothing of the display is even loaded."""
+    """Before it is to be shown, nothing of the display is even loaded."""
     with Program("short") as program:
         program.first_line()
         time.sleep(0.5)

@@ -3,8 +3,8 @@ A program that waits for a GPU, for tests of what it shows meanwhile.
 
 ``waiting_program.py MODE [OPTIONS]``: the GPU comes free when a line arrives on standard input; OPTIONS (JSON) go to
 the pool.  In mode "script" the program itself waits, in mode "thread" two of its threads do, in mode "library" a module
-that it imports, in mode "child" a process that it forks.  In mode "short" the real limit holds, and what was imported
-by the end is printed; in the others the wait is shown after a moment.
+that it imports, in mode "child" a process that it forks.  In mode "short" the wait is over long before it is to be
+shown, and what was imported by the end is printed; in the others it is shown after a moment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gpupool_sync.leases.memory import MemoryStore
 
 
 def get(source: GPUPool) -> None:
-    with source.gpu(timeout=30):
+    with source.gpu(timeout=100):
         pass
 
 
@@ -37,8 +37,7 @@ def main() -> None:
     options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     devices.open_reader = lambda: Cards(1)  # type: ignore[assignment]
     devices.host_identity = lambda: HERE  # type: ignore[assignment]
-    if mode != "short":
-        acquiring.SHOW_AFTER = 0.3
+    acquiring.SHOW_AFTER = 100.0 if mode == "short" else 0.3
     waiting.RECHECK = 0.1
     gpus = GPUPool(lease_store=MemoryStore(), poll_interval=0.2, name="here", **options)
     held = gpus.acquire(note="[red]busy[/red]\x1b[2J")
