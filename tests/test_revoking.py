@@ -138,7 +138,7 @@ def test_a_closed_card_opens_when_its_memory_is_empty(pool, cards):
     pool.refresh()  # an older reading shows it empty, and explain() believes that
     gpu = pool.acquire(timeout=10)
     take(pool)
-    eventually(lambda: gpu.released)
+    eventually(lambda: gpu.released and not pool.leases().leases)  # first the handle is, then its lease
     with pytest.raises(AcquireTimeout, match="did not give it back"):
         pool.acquire(timeout=0)
     assert [card.code for card in pool.explain().cards] == ["closed"]
@@ -160,7 +160,7 @@ def test_others_are_granted_while_a_card_is_closed(monkeypatch):
         cards.set(gpu.local_gpu_id, memory_used_mb=4000.0, memory_usage_percent=5.0, processes=None)
         pool.refresh()
         take(pool, gpu.uuid)
-        eventually(lambda: gpu.released)
+        eventually(lambda: gpu.released and not pool.leases().leases)
         for _ in range(3):
             with pool.gpu(timeout=10) as other:
                 assert other.uuid != gpu.uuid
