@@ -415,9 +415,13 @@ def test_closing_does_not_wait_for_a_hung_server(fleet):
 
 def test_an_endpoint_that_is_no_gpu_server_is_told_so(fleet):
     """A URL that leads to something else is named in the error, with what it answered."""
+    # The application for paths that are none of a pool's is made at the first such request.
     with (
         GPUPool(
-            [Endpoint(f"{fleet[0].url}/nowhere", name="wrong")], lease_store=MemoryStore(), poll_interval=0.05
+            [Endpoint(f"{fleet[0].url}/nowhere", name="wrong")],
+            lease_store=MemoryStore(),
+            poll_interval=0.05,
+            endpoint_timeout=60.0,
         ) as pool,
         pytest.raises(AcquireTimeout, match=r"wrong.*404"),
     ):
