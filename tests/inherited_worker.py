@@ -91,7 +91,7 @@ def main() -> None:
                 children.append(start(gpu, fds[0]))
                 say(child=children[-1].pid)
             elif command == "wait":
-                say(returned=children.pop(0).wait(20))
+                say(returned=children.pop(0).wait(100))
             elif command == "lost":
                 say(lost=held[0].lost, told=told)
             elif command == "check":
@@ -100,7 +100,7 @@ def main() -> None:
             elif command == "loop":
                 log = HoldLog(options["log"])
                 for _ in range(options["rounds"]):
-                    with pool.gpu(timeout=50) as gpu, log.holding(gpu.uuid):
+                    with pool.gpu(timeout=150) as gpu, log.holding(gpu.uuid):
                         pass
                 say(rounds=options["rounds"])
             elif command == "look":

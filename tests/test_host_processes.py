@@ -63,7 +63,7 @@ class Worker:
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
-    def answer(self, timeout=40.0) -> dict:
+    def answer(self, timeout=150.0) -> dict:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             assert selector.select(timeout), "the worker answers"
@@ -85,13 +85,13 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
         self.process.stdin.close()
         self.process.stdout.close()
 
@@ -129,9 +129,9 @@ def queued(directory, number):
 def test_processes_exclude_each_other_and_are_served_in_order(workers, directory):
     """One card, four processes: each waits its turn, first come, first served."""
     first, *others = workers("a", "b", "c", "d")
-    assert first.ask("acquire 20")["cards"] == ["GPU-00000000"]
+    assert first.ask("acquire 60")["cards"] == ["GPU-00000000"]
     for number, worker in enumerate(others, 1):
-        worker.tell("acquire 50")
+        worker.tell("acquire 120")
         queued(directory, number)
     tokens = []
     holder = first
@@ -161,8 +161,8 @@ def test_many_processes_never_hold_a_card_twice(workers, tmp_path):
 def test_a_killed_holders_card_goes_to_the_waiter(workers, directory):
     """kill -9: the kernel frees the card, and who waits has it without anybody's ttl."""
     holder, waiter = workers("holder", "waiter")
-    first = holder.ask("acquire 20")
-    waiter.tell("acquire 50")
+    first = holder.ask("acquire 60")
+    waiter.tell("acquire 120")
     queued(directory, 1)
     holder.kill()
     assert waiter.answer()["token"] > first["token"]
@@ -171,10 +171,10 @@ def test_a_killed_holders_card_goes_to_the_waiter(workers, directory):
 def test_a_killed_waiter_is_passed_over(workers, directory):
     """A dead waiter at the head of the queue holds up nobody."""
     holder, dead, alive = workers("holder", "dead", "alive")
-    holder.ask("acquire 20")
-    dead.tell("acquire 50")
+    holder.ask("acquire 60")
+    dead.tell("acquire 120")
     queued(directory, 1)
-    alive.tell("acquire 50")
+    alive.tell("acquire 120")
     queued(directory, 2)
     dead.kill()
     holder.ask("release")
@@ -184,10 +184,10 @@ def test_a_killed_waiter_is_passed_over(workers, directory):
 def test_a_stopped_waiter_is_passed_over_and_keeps_its_place(workers, directory):
     """A suspended waiter delays the next one by a moment only, and is served when it goes on."""
     holder, stopped, next_one = workers("holder", "stopped", "next", patience=ANSWER_TIME)
-    holder.ask("acquire 20")
-    stopped.tell("acquire 50")
+    holder.ask("acquire 60")
+    stopped.tell("acquire 120")
     queued(directory, 1)
-    next_one.tell("acquire 50")
+    next_one.tell("acquire 120")
     queued(directory, 2)
     stopped.signal(signal.SIGSTOP)
     holder.ask("release")
@@ -200,36 +200,36 @@ def test_a_stopped_waiter_is_passed_over_and_keeps_its_place(workers, directory)
 def test_a_stopped_holder_keeps_its_card(workers):
     """A suspended job's memory is still on the card, so the card is still taken."""
     holder, other = workers("holder", "other")
-    holder.ask("acquire 20")
+    holder.ask("acquire 60")
     holder.signal(signal.SIGSTOP)
     assert "timeout" in other.ask("acquire 1.5")
     holder.signal(signal.SIGCONT)
     holder.ask("release")
-    assert "cards" in other.ask("acquire 20")
+    assert "cards" in other.ask("acquire 60")
 
 
 @pytest.mark.parametrize("how", ["fork", "popen"])
 def test_a_card_stays_taken_while_a_child_may_compute(workers, how):
     """The parent is killed, its child lives on with the lock: the card is free when the child ends."""
     holder, other = workers("holder", "other")
-    holder.ask("acquire 20")
+    holder.ask("acquire 60")
     child = holder.ask(how)["child"]
     try:
         holder.kill()
         assert "timeout" in other.ask("acquire 1")
     finally:
         os.kill(child, signal.SIGKILL)
-    assert "cards" in other.ask("acquire 30")
+    assert "cards" in other.ask("acquire 60")
 
 
 def test_an_explicit_release_frees_the_card_for_all(workers):
     """release() means it, although a forked child still has the descriptor."""
     holder, other = workers("holder", "other")
-    holder.ask("acquire 20")
+    holder.ask("acquire 60")
     child = holder.ask("fork")["child"]
     try:
         holder.ask("release")
-        assert "cards" in other.ask("acquire 20")
+        assert "cards" in other.ask("acquire 60")
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -237,12 +237,12 @@ def test_an_explicit_release_frees_the_card_for_all(workers):
 def test_several_cards_and_shares_across_processes(workers):
     """Two cards for one process, shares of one card for two, never both."""
     one, two = workers("one", "two", cards=2)
-    assert one.ask("acquire 20 2")["cards"] == ["GPU-00000000", "GPU-00000001"]
+    assert one.ask("acquire 60 2")["cards"] == ["GPU-00000000", "GPU-00000001"]
     assert "timeout" in two.ask("share 0 1000")
     one.ask("release")
-    assert "cards" in one.ask("share 20 50000")
-    shared = two.ask("share 20 30000")["cards"]
-    other = two.ask("share 20 60000")["cards"]
+    assert "cards" in one.ask("share 60 50000")
+    shared = two.ask("share 60 30000")["cards"]
+    other = two.ask("share 60 60000")["cards"]
     assert shared != other
     assert "timeout" in one.ask("acquire 0")
 
@@ -250,8 +250,8 @@ def test_several_cards_and_shares_across_processes(workers):
 def test_leases_tell_who_holds_what(workers):
     """Every process sees the leases of all; those of the dead are gone."""
     one, two = workers("one", "two", cards=2)
-    one.ask("acquire 20")
-    two.ask("acquire 20")
+    one.ask("acquire 60")
+    two.ask("acquire 60")
     assert sorted(one.ask("leases")["leases"]) == [[["GPU-00000000"], "one"], [["GPU-00000001"], "two"]]
     two.kill()
     assert one.ask("leases")["leases"] == [[["GPU-00000000"], "one"]]
@@ -297,10 +297,10 @@ def test_three_users_share_the_machine(workers, directory, others_python):
     """Whoever comes first makes the files; users without privileges exclude and serve one another all the same."""
     python = others_python
     first, second, third = (workers(str(uid), user=uid, python=python) for uid in (65534, 4321, 4322))
-    assert "cards" in first.ask("acquire 20")
-    second.tell("acquire 50")
+    assert "cards" in first.ask("acquire 60")
+    second.tell("acquire 120")
     queued(directory, 1)
-    third.tell("acquire 50")
+    third.tell("acquire 120")
     queued(directory, 2)
     first.ask("release")
     assert "cards" in second.answer()
@@ -351,10 +351,10 @@ def test_users_that_do_not_see_each_others_processes(workers, directory, others_
     look = ["nsenter", f"--mount=/proc/{second.pid}/ns/mnt", "--", *users[4321], "ls", "-d", f"/proc/{first.pid}"]
     seen = subprocess.run(look, capture_output=True, check=False, timeout=30)
     assert seen.returncode != 0, "hidepid works, or this test tests nothing"
-    assert "cards" in first.ask("acquire 20")
-    second.tell("acquire 50")
+    assert "cards" in first.ask("acquire 60")
+    second.tell("acquire 120")
     queued(directory, 1)
-    third.tell("acquire 50")
+    third.tell("acquire 120")
     queued(directory, 2)
     first.kill()
     assert "cards" in second.answer()
@@ -369,11 +369,11 @@ def test_two_pid_namespaces_share_the_directory(workers, directory):
     apart = namespace("--pid", "--fork", "--kill-child", "--mount-proc")
     one, two, outside = workers("one", prefix=apart), workers("two", prefix=apart), workers("outside")
     assert (one.pid, two.pid) == (1, 1)
-    assert "cards" in one.ask("acquire 20")
+    assert "cards" in one.ask("acquire 60")
     assert "timeout" in two.ask("acquire 0")
-    two.tell("acquire 50")
+    two.tell("acquire 120")
     queued(directory, 1)
-    outside.tell("acquire 50")
+    outside.tell("acquire 120")
     queued(directory, 2)
     one.kill()
     assert "cards" in two.answer()
@@ -389,7 +389,7 @@ def test_a_full_file_system(workers, directory):
     one = workers("one", cards=2, prefix=tiny)
     inside = Path(f"/proc/{one.process.pid}/root{directory}")
     two = workers("two", cards=2, prefix=["nsenter", f"--mount=/proc/{one.process.pid}/ns/mnt", "--"])
-    first = one.ask("acquire 20")
+    first = one.ask("acquire 60")
     with contextlib.suppress(OSError), (inside / "filling").open("wb", 0) as file:
         while True:
             file.write(bytes(4096))
@@ -398,13 +398,13 @@ def test_a_full_file_system(workers, directory):
     assert "is on a file system that is full" in two.ask("acquire 2")["timeout"]
     assert two.ask("leases")["leases"] == [[["GPU-00000000"], "one"]]
     one.ask("release")
-    again = two.ask("acquire 20")
+    again = two.ask("acquire 60")
     assert again["cards"] == first["cards"]
     assert again["token"] > first["token"]
     assert "timeout" in one.ask("acquire 1"), "the other card has no file yet"
 
     (inside / "filling").unlink()
-    assert one.ask("acquire 20")["cards"] == ["GPU-00000001"]
+    assert one.ask("acquire 60")["cards"] == ["GPU-00000001"]
     two.ask("release")
     assert one.ask("leases")["leases"] == [[["GPU-00000001"], "one"]]
 
@@ -415,13 +415,13 @@ def test_a_read_only_file_system(workers, directory):
     setup = f"mount --bind {directory} {directory}; mount -o remount,bind,ro {directory}"
     read_only = namespace("--mount", "--propagation", "private", setup=setup)
     one = workers("one")
-    assert "cards" in one.ask("acquire 20")
+    assert "cards" in one.ask("acquire 60")
     two = workers("two", prefix=read_only)
     assert "held by one" in two.ask("acquire 0")["timeout"]
     assert two.ask("leases")["leases"] == [[["GPU-00000000"], "one"]], "for a look it does"
     one.ask("release")
     assert "is on a read-only file system" in two.ask("acquire 1")["timeout"]
-    assert "cards" in one.ask("acquire 20")
+    assert "cards" in one.ask("acquire 60")
 
 
 def python_of(uid) -> str | None:

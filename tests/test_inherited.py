@@ -46,7 +46,7 @@ class Talk:
     def tell(self, command: str, **options) -> None:
         self._socket.sendall(f"{command} {json.dumps(options)}\n".encode())
 
-    def answer(self, timeout=40.0) -> dict:
+    def answer(self, timeout=120.0) -> dict:
         assert select.select([self._socket], [], [], timeout)[0], "the process answers"
         line = self._file.readline()
         assert line, "the process lives"
@@ -84,7 +84,7 @@ class Talk:
 
     def gone(self) -> None:
         if self.process is not None:
-            self.process.wait(20)
+            self.process.wait(60)
         else:
             eventually(lambda: not alive(self.pid), message=f"{self.pid} ends")
 
@@ -93,7 +93,7 @@ class Talk:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         if self.process is not None:
-            self.process.wait(20)
+            self.process.wait(60)
         self._file.close()
         self._socket.close()
 
@@ -204,10 +204,10 @@ def ends(temporary) -> None:
 def test_a_command_has_the_card_of_its_lease_and_no_other(start, commands, world, temporary):
     """There a pool offers that card alone, under the parent's token and scope; nothing secret is in the environment."""
     parent = start(**world)
-    had = parent.ask("acquire", timeout=20)
+    had = parent.ask("acquire", timeout=60)
     commands(child := parent.start())
 
-    got = child.ask("acquire", timeout=20)
+    got = child.ask("acquire", timeout=60)
     assert got["cards"] == had["cards"]
     assert got["names"] == had["names"]
     assert (got["token"], got["scope"]) == (had["token"], had["scope"])
@@ -236,7 +236,7 @@ def test_a_command_has_the_card_of_its_lease_and_no_other(start, commands, world
 def test_the_processes_of_a_command_take_turns(start, commands, temporary, tmp_path):
     """Two processes of one command never have the card at the same time, and both get it."""
     parent = start(cards=2)
-    had = parent.ask("acquire", timeout=20)
+    had = parent.ask("acquire", timeout=60)
     commands(child := parent.start())
     workers = [child.start("spawn") for _ in range(2)]
     for worker in workers:
@@ -252,7 +252,7 @@ def test_the_processes_of_a_command_take_turns(start, commands, temporary, tmp_p
 def test_what_cannot_be_had_on_the_lease_is_refused_at_once(start, commands):
     """The request would otherwise wait for its own parent."""
     parent = start(cards=2)
-    had = parent.ask("acquire", timeout=20)
+    had = parent.ask("acquire", timeout=60)
     commands(child := parent.start())
     for request in ({"count": 2}, {"endpoint": "elsewhere"}, {"model": "H100"}, {"exclude": had["cards"]}):
         error = child.ask("acquire", **request)["error"]
@@ -260,20 +260,20 @@ def test_what_cannot_be_had_on_the_lease_is_refused_at_once(start, commands):
         assert f"runs on the lease of process {parent.pid} (gpu.run or gpu.popen)" in error
         assert f"unset {inherited.VARIABLE}" in error
     # What only a reading could speak against does not wait either: the card is ours.
-    got = child.ask("acquire", timeout=5, max_utilization_percent=0, min_free_memory_mb=1000)
+    got = child.ask("acquire", timeout=60, max_utilization_percent=0, min_free_memory_mb=1000)
     assert got["cards"] == had["cards"]
 
 
 def test_a_command_on_one_of_several_cards_has_that_one(start, commands):
     """``gpus[1].popen`` masks to one card, and offers it alone."""
     parent = start(cards=2)
-    had = parent.ask("acquire", timeout=20, count=2)
+    had = parent.ask("acquire", timeout=60, count=2)
     commands(one := parent.start(only=1))
     commands(both := parent.start())
-    assert one.ask("acquire", timeout=5)["cards"] == had["cards"][1:]
+    assert one.ask("acquire", timeout=60)["cards"] == had["cards"][1:]
     assert one.ask("acquire", count=2)["error"].startswith("NoSuchGPU")
     # The lease is one: what the other command uses is taken here too.
-    assert both.ask("acquire", timeout=5)["cards"] == had["cards"][:1]
+    assert both.ask("acquire", timeout=60)["cards"] == had["cards"][:1]
     assert "timeout" in both.ask("acquire", timeout=0)
 
 
@@ -289,10 +289,10 @@ def test_a_command_on_one_of_several_cards_has_that_one(start, commands):
 def test_the_lease_lasts_until_the_command_ends(start, commands, world, temporary, how):
     """Whatever becomes of the parent, nobody else gets the card before; then it comes free."""
     parent, other = start(**world), start(**world)
-    parent.ask("acquire", timeout=20)
-    had = parent.ask("acquire", timeout=20)
+    parent.ask("acquire", timeout=60)
+    had = parent.ask("acquire", timeout=60)
     parent.ask("release")  # the first of the two
-    first = other.ask("acquire", timeout=20)
+    first = other.ask("acquire", timeout=60)
     assert first["cards"] != had["cards"]
     commands(child := parent.start())
     if how == "kill":
@@ -302,14 +302,14 @@ def test_the_lease_lasts_until_the_command_ends(start, commands, world, temporar
     if "ttl" in world:
         threading.Event().wait(1.5 * TTL)  # longer than the lease would last by itself
     assert "timeout" in other.ask("acquire", timeout=0.5)
-    assert child.ask("acquire", timeout=5)["token"] == had["token"]
+    assert child.ask("acquire", timeout=60)["token"] == had["token"]
     assert child.ask("check") == {"good": True}
     child.kill()
     if how == "kill":
-        assert other.ask("acquire", timeout=40)["cards"] == had["cards"]
+        assert other.ask("acquire", timeout=100)["cards"] == had["cards"]
     else:
         assert parent.ask("wait")["returned"] == -signal.SIGKILL
-        assert other.ask("acquire", timeout=40)["cards"] == had["cards"]
+        assert other.ask("acquire", timeout=100)["cards"] == had["cards"]
         ends(temporary)
     eventually(lambda: not renewing(temporary), message="the process that renews ends")
 
@@ -319,29 +319,29 @@ def test_the_lease_is_given_back_and_does_not_just_expire(start, commands, tempo
     """Who renews knows when the last is gone: nobody has to wait for a ttl of minutes."""
     with FakeFleet([1]) as fleet:
         parent, other = (start(server=fleet.urls[0], ttl=300.0) for _ in range(2))
-        parent.ask("acquire", timeout=20)
+        parent.ask("acquire", timeout=60)
         commands(child := parent.start())
         parent.kill() if how == "kill" else parent.ask("release")
         assert "timeout" in other.ask("acquire", timeout=0)
         child.quit()
-        assert "cards" in other.ask("acquire", timeout=30)
+        assert "cards" in other.ask("acquire", timeout=100)
         ends(temporary)
 
 
 def test_a_command_of_a_command_keeps_the_lease(start, commands, temporary):
     """Both processes above it are killed: the card stays taken until the last ends."""
     parent, other = start(cards=1), start(cards=1)
-    had = parent.ask("acquire", timeout=20)
+    had = parent.ask("acquire", timeout=60)
     commands(middle := parent.start())
-    middle.ask("acquire", timeout=5)
+    middle.ask("acquire", timeout=60)
     commands(last := middle.start())
     middle.kill()
     parent.kill()
-    got = last.ask("acquire", timeout=5)
+    got = last.ask("acquire", timeout=60)
     assert (got["cards"], got["token"]) == (had["cards"], had["token"])
     assert "timeout" in other.ask("acquire", timeout=0)
     last.kill()
-    assert other.ask("acquire", timeout=20)["cards"] == had["cards"]
+    assert other.ask("acquire", timeout=60)["cards"] == had["cards"]
     # What nobody could tidy up, the next one does.
     assert len(left_behind(temporary)) == 2
     commands(child := other.start())
@@ -357,9 +357,9 @@ def test_a_command_learns_that_its_lease_is_lost(start, commands, temporary, tmp
     """Revoked at the server: ``gpu.lost`` and ``on_lost`` in the command say so, and it is granted nothing more."""
     with FakeFleet([1]) as fleet:
         parent = start(server=fleet.urls[0], ttl=TTL)
-        had = parent.ask("acquire", timeout=20)
+        had = parent.ask("acquire", timeout=60)
         commands(child := parent.start())
-        child.ask("acquire", timeout=5)
+        child.ask("acquire", timeout=60)
         if not parent_lives:
             parent.kill()
         with GPUPool(fleet.urls) as pool:
@@ -376,9 +376,9 @@ def test_a_command_judges_its_lease_by_the_clock(start, commands, temporary):
     """Who renews is stopped: nobody writes that the lease is lost, and the command knows all the same."""
     with FakeFleet([1]) as fleet:
         parent = start(server=fleet.urls[0], ttl=TTL)
-        parent.ask("acquire", timeout=20)
+        parent.ask("acquire", timeout=60)
         commands(child := parent.start())
-        child.ask("acquire", timeout=5)
+        child.ask("acquire", timeout=60)
         assert not child.ask("lost")["lost"]
         (renews,) = renewing(temporary)
         os.kill(renews, signal.SIGSTOP)
@@ -389,22 +389,22 @@ def test_a_command_judges_its_lease_by_the_clock(start, commands, temporary):
 def test_a_variable_that_outlived_its_lease_grants_nothing(start, commands, monkeypatch, temporary):
     """A process that kept the variable is told so instead of running unlocked."""
     parent = start(cards=1)
-    parent.ask("acquire", timeout=20)
+    parent.ask("acquire", timeout=60)
     commands(child := parent.start())
     told = child.ask("look")["environ"][inherited.VARIABLE]
     monkeypatch.setenv(inherited.VARIABLE, told)
     with GPUPool() as pool:
-        gpu = pool.acquire(timeout=5)
+        gpu = pool.acquire(timeout=60)
         child.quit()
         parent.ask("wait")
         gpu.check()  # the parent has it still
         parent.ask("release")
         assert gpu.lost
         with pytest.raises(LeaseLost, match=f"from process {parent.pid} .* is gone"):
-            pool.acquire(timeout=5)
+            pool.acquire(timeout=60)
     monkeypatch.setattr(inherited, "_known", {})
     with pytest.raises(LeaseLost, match="is over; acquire a GPU again"):
-        GPUPool().acquire(timeout=5)
+        GPUPool().acquire(timeout=60)
     ends(temporary)
 
 
@@ -439,7 +439,7 @@ def test_nothing_is_left_of_many_commands(monkeypatch, temporary):
                 for _ in range(3):
                     gpu.run(["true"], check=True)
                     with gpu.popen(["true"]) as process:
-                        assert process.wait(20) == 0
+                        assert process.wait(60) == 0
                 assert len(left_behind(temporary)) == 1
                 assert inherited.VARIABLE not in gpu.env()
                 assert len(gpu._tie.grant.children) <= 1
@@ -476,7 +476,7 @@ def test_a_command_inherits_the_lock_of_the_directory(monkeypatch, options):
     with local_pool(monkeypatch, Cards(1)) as pool, pool.gpu() as gpu:
         for start in (gpu.run, gpu.popen):
             done = start(LOOK_AROUND, stdout=subprocess.PIPE, text=True, **options)
-            out = done.stdout if start == gpu.run else done.communicate(timeout=20)[0]
+            out = done.stdout if start == gpu.run else done.communicate(timeout=60)[0]
             assert (out.strip(), done.returncode) == ("1", 0)
 
 

@@ -118,7 +118,7 @@ class Worker:
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
 
-    def answer(self, timeout=40.0) -> dict:
+    def answer(self, timeout=120.0) -> dict:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             assert selector.select(timeout), "the worker answers"
@@ -135,7 +135,7 @@ class Worker:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10.0)
+        self.process.wait(60.0)
         self.process.stdin.close()
         self.process.stdout.close()
 
@@ -356,7 +356,7 @@ def test_processes_racing_for_two_cards_never_overlap(workers, shared_server, tm
     for worker in racing:
         worker.tell("loop", path, 40, "a", "b")
     for worker in racing:
-        assert worker.answer(50.0) == {"done": 40}
+        assert worker.answer(150.0) == {"done": 40}
     log = HoldLog(path)
 
     assert len(log.holds()) == 6 * 40

@@ -205,7 +205,7 @@ def test_release_takes_gpus_back_from_other_processes(shell, tmp_path, capsys):
     workers = [Worker(tmp_path / "locks", 2, name) for name in ("night-run", "notebook")]
     try:
         for worker in workers:
-            assert "cards" in worker.ask("acquire 10")
+            assert "cards" in worker.ask("acquire 60")
         workers[1].process.send_signal(signal.SIGSTOP)
         status = shell(["release", "--mine", "--wait", "10"])
         out = capsys.readouterr().out
@@ -230,7 +230,7 @@ def test_release_as_json(shell, tmp_path, capsys):
     """One object; nothing to do is well too."""
     worker = Worker(tmp_path / "locks", 2, "worker")
     try:
-        (key,) = worker.ask("acquire 10")["cards"]
+        (key,) = worker.ask("acquire 60")["cards"]
         assert shell(["release", key, "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert answer["still_held"] == []
