@@ -222,13 +222,13 @@ def test_jobs_outlive_a_map_that_is_killed(fleet, tmp_path):
     """kill -9: their GPUs are theirs until they end."""
     job = f"cat {tmp_path}/fifo"
     os.mkfifo(tmp_path / "fifo")
-    with process(*OURS, "map", "-n", "2", job, ":::", "a", env={**os.environ, "GPU_POOL_TTL": "4"}) as it:
+    with process(*OURS, "map", "-n", "2", job, ":::", "a", env={**os.environ, "GPU_POOL_TTL": "10"}) as it:
         with GPUPool() as pool:
             eventually(lambda: pool.leases().leases, 30, tick=0.05)
         writer = os.open(tmp_path / "fifo", os.O_WRONLY)
         it.kill()
         it.wait()
-    threading.Event().wait(5.0)  # longer than the lease would last by itself
+    threading.Event().wait(12.0)  # longer than the lease would last by itself
     ask = [*OURS, "run", "-n", "2", "--timeout", "0", "true"]
     assert subprocess.run(ask, capture_output=True).returncode == 124
     os.close(writer)

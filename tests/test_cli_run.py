@@ -186,12 +186,12 @@ def test_the_lease_outlives_a_wrapper_that_is_killed(fleet, arbiter, monkeypatch
         monkeypatch.setenv("GPU_POOL_LOCK_DIR", str(tmp_path))
     code = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read()"
     try_both = [*ours, "run", *ask, "-n", "2", "--timeout", "0", "true"]
-    environ = {**os.environ, "GPU_POOL_TTL": "4"}
+    environ = {**os.environ, "GPU_POOL_TTL": "10"}
     with process(*ours, "run", *python(code), stdin=subprocess.PIPE, env=environ) as it:
         assert it.stdout.readline()
         it.kill()
         it.wait()
-        threading.Event().wait(5.0 if arbiter == "server" else 0.0)  # longer than the lease would last by itself
+        threading.Event().wait(12.0 if arbiter == "server" else 0.0)  # longer than the lease would last by itself
         assert subprocess.run(try_both, capture_output=True).returncode == 124
         it.stdin.close()
         assert it.stdout.read() == b""  # the command has ended
