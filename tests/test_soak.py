@@ -390,8 +390,9 @@ def test_a_fork_that_never_was_is_no_child_that_hangs():
 # -- the whole -------------------------------------------------------------------------------------------------
 
 
-#: What depends on how busy the machine is: here only a few seconds beside other tests are looked at.
-OF_SPEED = ("starved: ", "inversion: ", "late takeover: ", "lost for nothing: ")
+#: How soon a dead holder's GPU is held again says how busy the machine is: here only a few seconds beside other tests
+#: are looked at.
+OF_SPEED = "late takeover: "
 
 
 @pytest.mark.real
@@ -411,7 +412,7 @@ OF_SPEED = ("starved: ", "inversion: ", "late takeover: ", "lost for nothing: ")
     ],
 )
 def test_a_short_soak_is_well(store, capsys):
-    """Four seconds of chaos over each store: no double hold, no leak, no error that nobody should see."""
+    """Four seconds of chaos over each store: no double hold, no leak, in order, no error that nobody should see."""
     arguments = ["--store", store, "--seconds", "4", "--workers", "5", "--cards", "2", "--seed", "3", "--json"]
     status = soak.main(arguments)
     found = json.loads(capsys.readouterr().out)
