@@ -161,7 +161,7 @@ class Listener:
         told = False  # that it does not answer: once until it does again, not every second
         while self._needed():
             try:
-                self._store.listen(RECHECK)
+                self._store.listen(getattr(self._store, "listen_time", RECHECK))
                 told = False
             except LeaseStoreError as exc:
                 # With nobody left who waits, it is most likely a pool that closes, which deserves no line on a screen.

@@ -72,6 +72,8 @@ class HTTPStore:
 
     scope: Scope = "everybody"
     needs_listener = True
+    #: Seconds of one long poll for hints: less than the server keeps the tickets of who is silent (`TICKET_TTL`).
+    listen_time = 4.0
 
     def __init__(
         self,
