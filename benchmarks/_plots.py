@@ -26,7 +26,7 @@ def draw(results: Mapping[str, Rows], directory: Path = DIRECTORY) -> list[Path]
         figure, axes = pyplot.subplots(figsize=(6.4, 3.4))
         plot(axes, results)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=7, loc="lower left" if name == "waits" else "best")
         figure.tight_layout()
         path = directory / f"scale-{name}.png"
         figure.savefig(path, dpi=90)
@@ -68,6 +68,9 @@ def _waits(axes: Any, results: Mapping[str, Rows]) -> None:
         (line,) = axes.plot(list(ours), list(ours.values()), "o-", label=f"jobs of {duration:.0f} s")
         axes.plot(list(ideal), list(ideal.values()), "x--", color=line.get_color(), label="the same, one central queue")
     axes.set(xscale="log", yscale="log", xlabel="servers of 8 GPUs", ylabel="wait, p99, s")
+    sizes = sorted({row["endpoints"] for row in results["waiting"]})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
     axes.set_title("95 % load", fontsize=10)
 
 

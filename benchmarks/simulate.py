@@ -727,7 +727,10 @@ def report(world: World) -> dict[str, Any]:
     shares = [server.used / len(server.cards) for server in world.servers]
     busiest = max((count for server in world.servers for count in server.bins.values()), default=0) / BIN
     seconds = max(world.now, 1e-9)
-    mean_polls = world.polls / seconds / len(world.servers)
+    # Those that never asked for anything in the time that was simulated, holding a GPU or not, poll as well.
+    silent = max(0, (scenario.clients or 0) - len(world.clients))
+    watched = min(scenario.watch or scenario.endpoints, scenario.endpoints)
+    mean_polls = (world.polls / seconds + silent * watched / POLL_INTERVAL) / len(world.servers)
     members = [0] * len(world.servers)
     for client in world.clients:
         for number in client.watched:
