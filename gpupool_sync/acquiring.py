@@ -129,6 +129,7 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
             raise _timed_out(state, grant, request)
         return claims
     told = False
+    shown = state.settings.progress is not False
     progress: Progress | None = None
     waiter = Waiter(grant.id)
     tickets = Tickets()
@@ -157,14 +158,17 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
             if waiter.id != grant.id:
                 state.waiting.rename(waiter, grant.id)
             sleep = min(state.waiting.recheck(), tickets.pause())
-            if state.settings.progress is not False:
+            if shown:
                 waited = time.monotonic() - grant.asked_at
                 if waited < SHOW_AFTER:
                     sleep = min(sleep, SHOW_AFTER - waited)
                 else:
                     # Made first and told then: what an interrupt leaves on the screen is removed below.
                     progress = progress or _make_progress(state)
-                    _tell_progress(state, progress, grant, request)
+                    if progress is None:
+                        shown = False  # the wait goes on without
+                    else:
+                        _tell_progress(state, progress, grant, request)
             woken = waiter.wait(deadline.within(sleep))
             if not woken:
                 engine.monitor.ensure_running()
@@ -191,11 +195,16 @@ def _read(state: PoolState, engine: Engine, endpoint_ids: Sequence[str], deadlin
     wait_for(futures, mine, enough=lambda: any(future.done() for future in futures))
 
 
-def _make_progress(state: PoolState) -> Progress:
-    with importing():  # it imports
-        from gpupool_sync.progress import Progress
+def _make_progress(state: PoolState) -> Progress | None:
+    """What shows the wait; None where that cannot be loaded, as for want of descriptors."""
+    try:
+        with importing():  # it imports
+            from gpupool_sync.progress import Progress
 
-        return Progress(state.settings.progress, inherited=state.inherited)
+            return Progress(state.settings.progress, inherited=state.inherited)
+    except (OSError, ImportError) as exc:
+        logger.info("this wait cannot be shown: %s", exc)
+        return None
 
 
 def _tell_progress(state: PoolState, progress: Progress, grant: Grant, request: GPURequest) -> None:

@@ -61,9 +61,9 @@ def opened(state: PoolState) -> Engine:
 
 def _start_locked(state: PoolState) -> Engine:
     # Imported here: they bring requests, pybreaker and logging along, which a script that only imports us, or
-    # a parent that only forks, should not pay for. With what an error says: when it is needed, there may be no
-    # descriptors left to read a module with.
-    import gpupool_sync.progress  # noqa: F401
+    # a parent that only forks, should not pay for. With what errors are explained by: when it is needed, there may be
+    # no descriptors left to read a module with.
+    import gpupool_sync.status  # noqa: F401
     from gpupool_sync.endpoint import PolledEndpoint, make_endpoint, make_local_endpoint
     from gpupool_sync.keeper import Keeper
     from gpupool_sync.monitor import Monitor
