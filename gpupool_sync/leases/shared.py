@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from gpupool_sync.leases.base import CLOSED_TIME, Hint
@@ -65,15 +64,15 @@ class Gone:
     """The last `MAX_GONE` ids that ended. Not thread-safe: used under its owner's lock."""
 
     def __init__(self) -> None:
-        self._ids: set[str] = set()
-        self._order: deque[str] = deque()
+        # A dictionary, not a set: one that cannot grow for want of memory refuses the new key, while a set takes it,
+        # until it is full and a look for what is not in it never ends (CPython 3.11).
+        self._ids: dict[str, None] = {}
 
     def __contains__(self, lease_id: object) -> bool:
         return lease_id in self._ids
 
     def add(self, lease_id: str) -> None:
         if lease_id not in self._ids:
-            self._order.append(lease_id)
-            self._ids.add(lease_id)
-            if len(self._order) > MAX_GONE:
-                self._ids.discard(self._order.popleft())
+            self._ids[lease_id] = None
+            if len(self._ids) > MAX_GONE:
+                del self._ids[next(iter(self._ids))]
