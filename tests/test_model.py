@@ -186,9 +186,14 @@ class Histories(RuleBasedStateMachine):
                 snapshot,
                 is_held=store.is_held,
                 released_at=store.released_at,
-                shared=False,
+                closed=(),
+                fits=None,
             )
-            found = [(is_held, card.key) for card, veto, is_held in usables if veto is None and card.key not in seen]
+            found = [
+                (obstacle == "held", card.key)
+                for card, veto, obstacle in usables
+                if veto is None and card.key not in seen
+            ]
             seen |= {key for _, key in found}
             if found:
                 groups.append(tuple(Wanted(key, ROOM) for _, key in sorted(found)))
