@@ -101,4 +101,4 @@ def victim(*, cards: int = 2, limit: int | None = None, **patches: float) -> Ite
         process.stdout.close()
         process.stderr.close()
     # Whatever came, no request and no connection broke anything inside.
-    assert "Traceback" not in "".join(errors)
+    assert "Traceback" not in "".join(errors), "".join(errors)

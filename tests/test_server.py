@@ -623,7 +623,7 @@ def test_leases_on_simulated_gpus_outlive_a_killed_server(tmp_path):
             assert again == url
             with GPUPool(url) as other:
                 assert [(lease.gpus, lease.holder) for lease in other.leases().leases] == [
-                    ([gpu.global_gpu_id], str(pool._holder))
+                    ([gpu.global_gpu_id], str(pool._state.holder))
                 ]
                 assert other.acquire(timeout=20).uuid != gpu.uuid
             gpu.check()

@@ -87,6 +87,8 @@ LONGEST_MESSAGE = 1024
 MAX_REASONS = 64
 #: Files of cards, and of tickets, that are kept open to be read again: a waiter mostly looks at the same few.
 MOST_OPEN = 64
+#: Tickets that are gone and were read before, whose files are still open, while others wait.
+MOST_STALE = 8
 #: Nanoseconds after the last change of the queue's directory from which on the next one surely bears another time: file
 #: systems count in ticks of some milliseconds.
 SETTLED = 100_000_000
@@ -1338,7 +1340,7 @@ class HostStore:
         if names:
             self._saw_waiting = self._clock()
             names = sorted(names)
-        if len(self._told) > 2 * len(names) + MOST_OPEN:
+        if len(self._told) > len(names) + (MOST_STALE if names else 0):
             there = frozenset(names)
             self._ticket_files.keep_only(there)
             for name in [name for name in list(self._told) if name not in there]:

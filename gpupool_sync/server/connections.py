@@ -54,6 +54,26 @@ def allowed_connections() -> int:
     return min(MAX_CONNECTIONS, max(soft // 4, soft - OTHER_DESCRIPTORS))
 
 
+class _Quiet:
+    """
+    A transport that takes no more once it is being closed.
+
+    An answer may be on its way when its connection is given up; uvloop raises then, and uvicorn would log each.
+    """
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Connections:
     """
     The connections of one server.
@@ -124,7 +144,7 @@ class Connections:
             _head = 0  # bytes of it so far
 
             def connection_made(self, transport: Any) -> None:
-                super().connection_made(transport)
+                super().connection_made(_Quiet(transport))
                 if not connections.add(self):
                     transport.abort()
 
