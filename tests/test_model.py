@@ -124,6 +124,7 @@ class Histories(RuleBasedStateMachine):
         self.waiting: dict[str, Waiting] = {}
         self.gone: list[Claim] = []
         self.closed: dict[str, float] = {}
+        self.seen_empty: set[str] = set()  # closed cards that some claim has told to be empty since
         self.tokens: dict[str, int] = {}
         self.number = 0
         self.hints: list[str] = []
@@ -277,6 +278,7 @@ class Histories(RuleBasedStateMachine):
             for other in self.waiting.values()
             if other.order < order and other.ready(now) and other.claim.count == 1 and other.claim.share is None
         ]
+        self.seen_empty |= {key for key, ago in claim.emptied.items() if now - ago > self.closed.get(key, now)}
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
             self.granted(claim, store, outcome.lease, older, free)
@@ -307,9 +309,9 @@ class Histories(RuleBasedStateMachine):
             self.tokens[key] = lease.token
             closed_at = self.closed.get(key)
             if closed_at is not None:
-                seen = claim.emptied.get(key)
-                assert now - closed_at >= CLOSED_TIME or (seen is not None and now - seen > closed_at)
+                assert now - closed_at >= CLOSED_TIME or key in self.seen_empty
                 del self.closed[key]
+                self.seen_empty.discard(key)
         if set(lease.cards) <= free:
             # Nobody who has waited longer, and is there, could have been served and now cannot.
             assert servable(older, free) == servable(older, free - set(lease.cards))
@@ -375,6 +377,7 @@ class Histories(RuleBasedStateMachine):
         self.held.pop(mine.claim.id, None)
         if isinstance(mine, Held) and mine.claim.share is None and (mine.revoked or not given_back):
             self.closed |= dict.fromkeys(mine.lease.cards, self.clock.now)
+            self.seen_empty -= set(mine.lease.cards)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), by=st.integers(0, 1))

@@ -181,8 +181,8 @@ class LeaseStore(Protocol):
         Idempotent by `claim.id`: repeating a granted claim returns the same lease.  The cards of a claim that is not
         granted may change from call to call (a ticket is rewritten); holder, count and share may not.
 
-        A card whose last lease expired or was revoked is closed, and is granted only when the claim's `emptied` says
-        that a reading after that end showed it empty, or when `CLOSED_TIME` has passed.
+        A card whose last lease expired or was revoked is closed, and is granted only when the `emptied` of this claim
+        (or of another one since) says that a reading after that end showed it empty, or when `CLOSED_TIME` has passed.
 
         Raises:
             LeaseLost: this id was released, revoked, withdrawn or has expired (remembered for 10 minutes), so a

@@ -1485,14 +1485,16 @@ class HostStore:
                 return True  # full, because its process is stopped: it lives, and is passed over in a second
         return True
 
-    def _hand_on(self, freed: Collection[str], names: Sequence[str]) -> bool:
+    def _hand_on(self, cards: Collection[str], names: Sequence[str], *, fresh: bool) -> bool:
         """
-        `_pass_on`, for whole cards and a plain queue: the first who want them and were not told of another one.
+        `_pass_on`, for whole cards and a plain queue: to the first who want them and were not told of another one.
+
+        *fresh*: nobody can have been told of *cards* yet; else who was told a moment ago is about to take one of them.
 
         False: the queue is not that plain, and has to be read as a whole.
         """
         now = self._clock()
-        left = list(freed)
+        left = list(cards)
         for name in names:
             if not left:
                 break
@@ -1502,14 +1504,15 @@ class HostStore:
             claim, hinted_at, _, _ = loaded
             if not _is_plain(claim):
                 return False
-            if hinted_at is not None:
-                if now - hinted_at < ANSWER_TIME:
-                    continue  # it is about to take another one
+            if hinted_at is not None and now - hinted_at >= ANSWER_TIME:
                 return False  # what it was told of may still be free
+            if hinted_at is not None and fresh:
+                continue  # it is about to take another one
             wanted = {wanted.key for group in claim.groups for wanted in group}
-            offered = next((key for key in left if key in wanted), None)
-            if offered is not None and self._tell_one(name, offered, now):
-                left.remove(offered)
+            first = next((key for key in left if key in wanted), None)
+            # Which of them it is to be is not known if some are spoken for: it looks for itself.
+            if first is not None and (hinted_at is not None or self._tell_one(name, first if fresh else None, now)):
+                left.remove(first)
         return True
 
     def _pass_on(self, freed: Collection[str] = (), *, plainly: bool = False, taken_by: Claim | None = None) -> None:
@@ -1525,9 +1528,10 @@ class HostStore:
         # these costs less than reading the tickets.
         if taken_by is not None and taken_by.share is None:
             wished = (wanted.key for group in taken_by.groups for wanted in group)
-            if not any(self._free_by_record(key, {}, shared=False) for key in wished):
+            left = [key for key in wished if self._free_by_record(key, {}, shared=False)]
+            if not left or self._hand_on(left, names, fresh=False):
                 return
-        if plainly and self._hand_on(freed, names):
+        if plainly and self._hand_on(freed, names, fresh=True):
             return
         queue = self._load_queue(None, names)
         if not queue:
