@@ -56,7 +56,8 @@ def answer_of(number: int) -> bytes:
         for index in range(GPUS)
     )
     host = HostIdentity(f"simulated-{number}", f"host-{number}", simulated=True)
-    body = wire.dump(wire.summary_document(Sample(gpus, 0.0, host=host), timestamp="2026-01-01T00:00:00Z"))
+    # The body never changes, and a timestamp that stands still would make its readings old.
+    body = wire.dump(wire.summary_document(Sample(gpus, 0.0, host=host), timestamp=None))
     head = (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n{wire.AGE_HEADER}: 0.100\r\nConnection: keep-alive\r\n\r\n"

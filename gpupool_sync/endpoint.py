@@ -43,6 +43,8 @@ FIRST_PAUSE = 0.125
 #: Seconds that a poll waits for its turn under `max_rate`; it comes back later if that is further away. More than
 #: claims wait (`transport.SOON`): they could take every turn otherwise.
 TURN_PATIENCE = 2.0
+#: So many polls in a row have to bring the same timestamp before it is taken for the same sample.
+REPEATS = 3
 #: pybreaker would end the open period by the wall clock, which steps; the monitor ends it by the monotonic one.
 _NEVER = 100 * 365 * 86400.0
 
@@ -219,6 +221,10 @@ class PolledEndpoint:
         self._poll_interval = settings.poll_interval
         self._longest_pause = max(settings.health_check_interval, settings.poll_interval)
         self._breaker_failures = settings.breaker_failures
+        self._max_stats_age = settings.max_stats_age
+        # The timestamp of the last sample, when the one that had it first was taken, and how many had it since; of
+        # the polls alone, which never overlap.
+        self._repeated: tuple[str | None, float, int] = (None, 0.0, 0)
         self._make_locks()
         self._numbers = self._window = Numbers()
         # Of each success, counted apart: a new value for every poll would cost more than all else that it does here.
@@ -379,7 +385,33 @@ class PolledEndpoint:
         with contextlib.suppress(_Failed):
             self._breaker.call(_fail)
 
+    def _aged(self, sample: Sample, now: float) -> tuple[Sample, bool]:
+        """
+        The sample, as old as it really is, and whether its server repeats it.
+
+        A server whose timestamp stands still has not looked at its cards since, whatever it answers: so the age counts
+        from where that timestamp was seen first.  Two equal ones may come from one second.  Without a timestamp nothing
+        is known.
+        """
+        known, taken_at, number = self._repeated
+        if sample.timestamp is None or sample.timestamp != known:
+            self._repeated = (sample.timestamp, sample.taken_at, 1)
+            return sample, False
+        taken_at, number = min(taken_at, sample.taken_at), number + 1
+        self._repeated = (known, taken_at, number)
+        if number < REPEATS:
+            return sample, False
+        problems = sample.problems
+        if now - taken_at > self._max_stats_age:
+            # The same words each time, so that they are logged once.
+            told = (
+                f"its timestamp has not changed for more than {self._max_stats_age:g} s, so nothing is granted from it"
+            )
+            problems = (*problems, told)
+        return attrs.evolve(sample, taken_at=taken_at, problems=problems), True
+
     def _snapshot(self, sample: Sample, now: float) -> Snapshot:
+        sample, repeated = self._aged(sample, now)
         local = self._local
         if local is None:
             here = devices.host_identity()
@@ -387,7 +419,9 @@ class PolledEndpoint:
         cards = tuple(
             Card(key=card_key(self.url, reading), endpoint_id=self.id, reading=reading) for reading in sample.gpus
         )
-        return Snapshot(self.id, self.url, sample, cards, received_at=now, is_local=local, serial=self.serial)
+        return Snapshot(
+            self.id, self.url, sample, cards, received_at=now, is_local=local, repeated=repeated, serial=self.serial
+        )
 
     def _succeeded(self, elapsed: float) -> None:
         with self._lock:

@@ -196,6 +196,8 @@ def why_unusable(state: PoolState, endpoint: PolledEndpoint, snapshot: Snapshot 
         return Reason("no-reading", f"has not answered yet: {error_of(endpoint)}")
     age = snapshot.age(now)
     if age > state.settings.max_stats_age:
+        if snapshot.repeated and not endpoint.sick:
+            return Reason("stale", f"its server repeats a reading of {age:.0f} s ago")
         return Reason("stale", f"its readings are {age:.1f} s old: {error_of(endpoint)}")
     return None
 

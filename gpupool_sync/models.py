@@ -98,7 +98,7 @@ class Sample:
     What one look at one host's cards showed; the content of one ``/gpu/summary``.
 
     `taken_at` is on this machine's `clock.boottime`: for an answer from the network, the instant it arrived less
-    the age that the server told.
+    the age that the server told; of an answer that is repeated, that of the first one.
     """
 
     gpus: tuple[GPUReading, ...]
@@ -138,6 +138,8 @@ class Snapshot:
     received_at: float  # clock.boottime()
     #: The cards are in this very machine.
     is_local: bool = False
+    #: The server has given this very sample at several polls in a row, so its age is that of the first of them.
+    repeated: bool = False
     #: Of the `PolledEndpoint` that polled: ids and URLs are used again by endpoints that are added later.
     serial: int = 0
 

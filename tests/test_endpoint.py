@@ -86,6 +86,46 @@ def test_a_garbled_age_is_too_old_for_everything(server, polled, age):
     assert any(wire.AGE_HEADER in problem for problem in snapshot.sample.problems)
 
 
+def readings(server, polled, timestamps, monkeypatch, headers=None, **settings):
+    """The snapshots of polls that are 10 s apart, one for each timestamp, and the instant of each."""
+    now = boottime()
+    one = polled(**settings)
+    seen = []
+    for number, timestamp in enumerate(timestamps):
+        at = now + 10.0 * number
+        monkeypatch.setattr(endpoint, "boottime", lambda at=at: at)
+        server.replace("GET", SUMMARY, json={**BODY, "timestamp": timestamp}, headers=(headers or {}))
+        seen.append((one.poll(), at))
+    return seen
+
+
+def ages(seen):
+    return [pytest.approx(snapshot.age(at), abs=5.0) for snapshot, at in seen]
+
+
+@pytest.mark.parametrize("headers", [{}, {wire.AGE_HEADER: "0.1"}], ids=["no age", "an age that stands still, too"])
+def test_a_timestamp_that_stands_still_makes_readings_old(server, polled, monkeypatch, headers):
+    """From the third poll with one timestamp on, the reading is as old as the first of them; a new one is fresh."""
+    server.get(SUMMARY, json=BODY)
+    seen = readings(server, polled, ["t", "t", "t", "t", "u", "u"], monkeypatch, headers, max_stats_age=25.0)
+
+    assert ages(seen) == [0, 0, 20, 30, 0, 0]
+    assert [snapshot.repeated for snapshot, _ in seen] == [False, False, True, True, False, False]
+    # Only where it costs anything.
+    told = [[text for text in snapshot.sample.problems if "has not changed" in text] for snapshot, _ in seen]
+    assert [len(each) for each in told] == [0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("timestamps", [["t", "t", "u", "u", "t"], [None] * 5, [7] * 5], ids=str)
+def test_what_is_not_the_same_timestamp_three_times_is_no_repetition(server, polled, monkeypatch, timestamps):
+    """A server that reads its GPUs at every second poll only, or tells no time, is believed."""
+    server.get(SUMMARY, json=BODY)
+    seen = readings(server, polled, timestamps, monkeypatch)
+
+    assert ages(seen) == [0] * 5
+    assert not any(snapshot.repeated for snapshot, _ in seen)
+
+
 @pytest.mark.parametrize("status", [202, 301, 400, 401, 404, 500, 502, 503])
 def test_every_other_status_is_a_failure(server, polled, status):
     """Only 200 is an answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter
@@ -195,6 +196,40 @@ def test_half_an_answer_is_a_failure_and_the_next_whole_one_counts(scripts, told
             server.release()
             assert pool.acquire(timeout=20).local_gpu_id == 0
             assert server.connections >= 4
+
+
+def test_a_server_that_repeats_its_reading_is_stale_until_it_has_a_new_one(caplog):
+    """It answers well and at once, but with one timestamp for ever: nobody has looked at its cards since."""
+    frozen = threading.Event()
+    numbers = itertools.count()
+
+    def body(request):
+        return summary().replace(b'"t"', b'"frozen"' if frozen.is_set() else b'"%d"' % next(numbers))
+
+    def codes(pool):
+        return [card.code for card in pool.explain().cards]
+
+    options = {"poll_interval": 0.02, "max_stats_age": 1.5, "endpoint_timeout": 20.0}
+    with (
+        Server(answer(body)) as server,
+        GPUPool([Endpoint(server.url, name="left")], lease_store=MemoryStore(), **options) as pool,
+    ):
+        with pool.gpu(timeout=20):
+            pass
+        frozen.set()
+        eventually(lambda: codes(pool) == ["stale"], message="its readings grow old")
+        polls = len(server.requests)
+        eventually(lambda: len(server.requests) > polls + 3, message="it goes on answering")
+        with pytest.raises(AcquireTimeout, match=r"left: its server repeats a reading of \d+ s ago"):
+            pool.acquire(timeout=0)
+        seen = state(pool, "left")
+        assert (seen.is_healthy, seen.stale, seen.available_gpus) == (True, True, 0)
+        assert "repeats a reading" in pool.status().gpus[0].why_not
+        assert sum("has not changed for more than 1.5 s" in each.getMessage() for each in caplog.records) == 1
+        frozen.clear()
+        with pool.gpu(timeout=20) as gpu:
+            assert gpu.endpoint_id == "left"
+        assert not state(pool, "left").problems
 
 
 def test_a_port_that_refuses_and_answers_later():
