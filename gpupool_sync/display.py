@@ -122,7 +122,10 @@ def status_html(state: Status) -> str:
 def _status(state: Status) -> list[Html]:
     name = _join((_bold(state.name), Html(": "))) if state.name else Html("")
     columns = ("Endpoint", "URL", "State", "Free", "Leases by")
-    parts = [_say(name, _text(state)), _table(columns, _endpoints(state), numbers=("Free",))]
+    parts = [_say(name, _text(state))]
+    if state.hint:
+        parts.append(_say(_mark("bad", state.hint)))
+    parts += [_table(columns, _endpoints(state), numbers=("Free",))]
     cards = [
         (
             _bold(card.global_gpu_id),

@@ -62,7 +62,11 @@ class Source(Protocol):
     def forget_after_fork(self) -> None: ...
 
 
-class TooManyRequests(EndpointUnavailable):
+class OtherStatus(EndpointUnavailable):
+    """The server was reached, and answered with another status than 200."""
+
+
+class TooManyRequests(OtherStatus):
     """The server is alive and asks for patience: no sign of sickness."""
 
 
@@ -80,7 +84,7 @@ class HTTPSource:
         answer = self._transport.get("/gpu/summary", deadline, Turn.TAKEN)
         if answer.status != 200:
             wait = retry_after(answer)
-            kind = TooManyRequests if answer.status == 429 else EndpointUnavailable
+            kind = TooManyRequests if answer.status == 429 else OtherStatus
             asked = f" and asks to be left alone for {wait:g} s" if wait is not None else ""
             raise kind(self._id, f"answered with status {answer.status}{asked}", wait)
         # The age is that of the moment when the server answered, which was after we asked: an answer that was long
@@ -215,6 +219,8 @@ class PolledEndpoint:
         self.server: LeaseStore | None = None
         self.drained = False  # by the user
         self.leaving = False  # its source lists it no more
+        #: Whether the last poll brought an answer, if only a bad one; None before the first.
+        self.reached: bool | None = None
         self._source = source
         self._local = local
         self._timeout = settings.endpoint_timeout
@@ -424,6 +430,7 @@ class PolledEndpoint:
         )
 
     def _succeeded(self, elapsed: float) -> None:
+        self.reached = True
         with self._lock:
             before = self._numbers
             self._responses.append(elapsed)
@@ -439,6 +446,7 @@ class PolledEndpoint:
 
     def _failed(self, error: GPUPoolError) -> None:
         text = error.message if isinstance(error, (EndpointUnavailable, BadAnswer)) else str(error)
+        self.reached = not isinstance(error, EndpointUnavailable) or isinstance(error, OtherStatus)
         with self._lock:
             before = self._numbers
             if before.breaker != "closed":

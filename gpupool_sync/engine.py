@@ -28,8 +28,9 @@ from gpupool_sync.holding import (
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import LeaseStore
 from gpupool_sync.looking import screened_for
-from gpupool_sync.membership import let_leave, take_over
+from gpupool_sync.membership import let_leave, note_reach, take_over
 from gpupool_sync.models import DEFAULT_REQUEST, Snapshot
+from gpupool_sync.outage import Outages
 from gpupool_sync.state import Engine, PoolState
 from gpupool_sync.table import Table
 
@@ -102,6 +103,7 @@ def _start_locked(state: PoolState) -> Engine:
     def on_failure(endpoint: PolledEndpoint | Watch) -> None:
         state = me()
         if state is not None:
+            note_reach(state, endpoint)
             state.last_free.pop(endpoint.id, None)
             state.touch(endpoint.id)
             state.tell_watchers(endpoint.id, False)
@@ -211,6 +213,7 @@ def close(state: PoolState, timeout: float = 5.0) -> None:
             state.table = Table()
             state.screens.clear()
             state.last_free.clear()
+            state.outages = Outages(state.outages.window)
 
 
 def first_reading(state: PoolState, engine: Engine, deadline: Deadline, *, stragglers: bool = True) -> None:
@@ -244,6 +247,7 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
     endpoint = engine.endpoints.get(snapshot.endpoint_id) if engine is not None else None
     if engine is None or endpoint is None or endpoint.serial != snapshot.serial:
         return
+    note_reach(state, endpoint)
     # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
     if not adopt_server(state, engine, endpoint, snapshot):
         return

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from gpupool_sync import config
 from gpupool_sync.asking import watch_most
+from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError
 from gpupool_sync.state import Engine, PoolState
 
 if TYPE_CHECKING:
-    from gpupool_sync.discovery import Found
+    from gpupool_sync.discovery import Found, Watch
     from gpupool_sync.endpoint import PolledEndpoint
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,33 @@ def _take_out_locked(state: PoolState, engine: Engine, endpoint: PolledEndpoint)
     with state.local_lock:
         state.local_ids -= {endpoint.id}
     state.last_free.pop(endpoint.id, None)
+    note_reach(state, endpoint)
+
+
+def note_reach(state: PoolState, endpoint: PolledEndpoint | Watch) -> None:
+    """Whether the endpoint was reached, or that the pool has it no more: says so if it is an outage, or its end."""
+    engine = state.engine
+    if engine is None or state.closed:
+        return  # the polls that a close() ended tell nothing
+    known = engine.endpoints.get(endpoint.id)
+    outages = state.outages
+    told = outages.note(
+        endpoint.id,
+        None if known is None else known.reached,
+        boottime(),
+        lambda: [each.id for each in engine.endpoints.values() if each.url != "local:" and engine.is_watched(each.id)],
+    )
+    if told is None:
+        return
+    if outages.text is not None:
+        logger.warning(
+            "%d of %d endpoints became unreachable within %g s: the likely cause is this machine's own network, "
+            "not the servers; leases are kept, and what answers is granted",
+            *told,
+            outages.window,
+        )
+    else:
+        logger.info("%d of %d endpoints are reachable again", told[1] - told[0], told[1])
 
 
 def take_over(state: PoolState, found: Found) -> None:

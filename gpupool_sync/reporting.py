@@ -94,8 +94,9 @@ def explain(state: PoolState, request: GPURequest) -> Explanation:
         best, most = max(free_at.items(), key=lambda item: item[1], default=("none", 0))
         if most < request.count:
             hint = f"{request.count} of one host are needed; the most that are free on one are {most} ({best})"
+    outage = state.outages.text
     return Explanation(
-        hint=hint,
+        hint="; ".join(filter(None, (outage, hint))) or None,
         request=describe(request),
         cards=verdicts,
         endpoints=silent,
@@ -249,6 +250,7 @@ def status(state: PoolState, engine: Engine) -> Status:
         gpus=gpus,
         open=not state.closed,
         sources=[SourceStatus(watch.id, len(watch.endpoints), watch.why) for watch in engine.watches.values()],
+        hint=state.outages.text,
         taken_at=utc,
     )
 

@@ -24,6 +24,7 @@ from gpupool_sync.counting import Counters
 from gpupool_sync.handle import Grant, Owner
 from gpupool_sync.leases.base import Holder, LeaseStore
 from gpupool_sync.models import GPURequest, Snapshot
+from gpupool_sync.outage import Outages
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
 from gpupool_sync.waiting import WaitingRoom
@@ -179,6 +180,7 @@ class PoolState:
         "local_ids",
         "local_lock",
         "on_lost",
+        "outages",
         "owner",
         "reads_devices",
         "rivals",
@@ -255,6 +257,8 @@ class PoolState:
         self.rivals = Rivals()
         # Guards changes of rivals, which several workers make; reading needs no lock.
         self.rivals_lock = threading.Lock()
+        #: Whether most endpoints vanished at once. Polls of one interval may show what happened at one moment.
+        self.outages = Outages(self.settings.poll_interval + self.settings.endpoint_timeout)
         #: By endpoint id, while somebody waits: the cards that were free at its last poll.
         self.last_free: dict[str, frozenset[str]] = {}
         self.executors: weakref.WeakSet[GPUExecutor] = weakref.WeakSet()

@@ -375,6 +375,7 @@ class Status(MultiEndpointPoolStatus):
     gpus: Sequence[CardStatus] = ()
     open: bool = True
     sources: Sequence[SourceStatus] = ()
+    hint: str | None = None  # what is likely the matter with the pool as a whole
 
     def __str__(self) -> str:
         from gpupool_sync.display import plural

@@ -73,7 +73,7 @@ def evil_status(cards: int = 1) -> Status:
     endpoint = EndpointStatus(EVIL, EVIL, False, None, 1, 0, None, last_error=EVIL, arbiter=EVIL, scope=EVIL)
     gpu = CardStatus(f"{EVIL}:0", EVIL, 0, EVIL, None, None, False, uuid=EVIL, holders=[EVIL], held_for=61.0, note=EVIL)
     stuck = CardStatus(f"{EVIL}:1", EVIL, 1, EVIL, 40.0, 5.0, False, why_not=EVIL)
-    return Status(1, 0, 1, 0, 1, 0, [endpoint], {}, name=EVIL, gpus=[gpu, stuck] * cards)
+    return Status(1, 0, 1, 0, 1, 0, [endpoint], {}, name=EVIL, gpus=[gpu, stuck] * cards, hint=EVIL)
 
 
 def evil_explanation() -> Explanation:

@@ -109,7 +109,7 @@ def _readings(pool: GPUPool, interval: float, count: int | None) -> Iterator[Sta
 def summary(state: Status) -> str:
     """One line."""
     at = state.taken_at.strftime("%Y-%m-%dT%H:%M:%SZ")
-    line = f"{at} {_totals(state)}"
+    line = f"{at} {_totals(state)}{f'; {plain(state.hint)}' if state.hint else ''}"
     for each in state.endpoints:
         assert isinstance(each, EndpointStatus)
         if not each.is_healthy:
@@ -137,7 +137,7 @@ def render(state: Status, width: int | None = None) -> RenderableType:
         right=("Free", "Response", "Age"),
         spare=("Age", "Response", "Breaker", "URL", "Leases by", "From"),
     )
-    notes: list[Text] = []
+    notes: list[Text] = [Text(plain(state.hint), style="bold red")] if state.hint else []
     endpoints = [each for each in state.endpoints if isinstance(each, EndpointStatus)]
     for each in endpoints:
         servers.add(
