@@ -79,6 +79,12 @@ class Connection:
         self._server._requests.append(request)
         return request
 
+    def peek_path(self) -> str:
+        """The path of the next request, which stays to be read."""
+        while b"\r\n" not in self._buffer:
+            self._more()
+        return self._buffer.split(b" ", 2)[1].decode("latin-1")
+
     def _more(self) -> None:
         data = self._wait_for(lambda: self._sock.recv(65536))
         if not data:

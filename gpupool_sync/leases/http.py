@@ -275,8 +275,10 @@ class HTTPStore:
     def _pay(self, ids: Sequence[str]) -> None:
         for batch in _batches(ids):
             answer = self._post("/v1/leases/release", {"ids": batch}, self._timeout, Turn.NOW)
-            if answer.status != 200:
-                raise self._refused(answer, self._document(answer))
+            document = self._document(answer)
+            # A page that something in between serves, or an error, is no word of the arbiter: it is told again.
+            if answer.status != 200 or "error" in document:
+                raise self._refused(answer, document)
             with self._lock:
                 for each in batch:
                     self._owed.pop(each, None)
