@@ -131,7 +131,7 @@ def test_a_wrong_command_line_exits_2(args, capsys):
     ("args", "words"),
     [
         (["staus"], "Did you mean 'status'?"),
-        (["status", "--tiemout", "3"], "'--timeout'?"),
+        (["status", "--tiemout", "3"], "--timeout"),  # click has said it in several ways
         (["run", "--timeout", "5s", "--", "true"], "'5s' is not a valid number of seconds"),
         (["why", "--min-free-memory-mb", "8GB"], "'8GB' is not a valid number."),
         (["map", "-j", "many", "true", ":::", "1"], "'many' is not a valid whole number"),

@@ -66,6 +66,7 @@ max_waiting = 7
 name = "nightly"
 breaker_failures = 2
 progress = true
+watch = 50
 """
 
 

@@ -102,6 +102,8 @@ def test_no_credential_is_taken_from_a_command_line():
     assert len(found) > 5
     for path, command in found:
         for parameter in command.params:
+            if getattr(parameter, "metavar", None) == "FILE":
+                continue  # says where the credential is, which is the safe way
             for word in ("password", "token", "secret", "auth", "cert", "header"):
                 assert word not in " ".join(parameter.opts), f"{path} {parameter.opts}"
     assert main(["status", "--token", "x"]) == 2
