@@ -374,14 +374,16 @@ class PolledEndpoint:
             failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
             self._broke(failure)
             raise failure from exc
+        now = boottime()
+        # Noted before the breaker hears of it: who sees it closed must not be told that the endpoint is not well.
+        if sample is not None:
+            self._succeeded(now - begin)
         # Afterwards, as call() holds the breaker's lock during the call.
         self._breaker.call(_nothing)
         if sample is None:
             assert patience is not None
             self._failed(patience)
             raise patience
-        now = boottime()
-        self._succeeded(now - begin)
         return self._snapshot(sample, now)
 
     def _broke(self, error: GPUPoolError) -> None:

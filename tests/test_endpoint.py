@@ -143,6 +143,21 @@ def test_an_error_in_a_good_answer_is_a_failure(server, polled):
     assert "nvidia-smi failed" in one.numbers().last_error
 
 
+def test_who_sees_the_breaker_closed_sees_the_endpoint_well(server, polled, monkeypatch):
+    """Nobody is told, even for a moment, that an endpoint is back and does not answer."""
+    one = polled(breaker_failures=1)
+    bad = server.get(SUMMARY, status=500)
+    fail(one, 1)
+    seen = []
+    changed = one._breaker_changed
+    monkeypatch.setattr(one, "_breaker_changed", lambda name: (seen.append((name, one.sick)), changed(name)))
+    server.remove(bad)
+    server.get(SUMMARY, json=BODY)
+    one.poll()
+
+    assert seen == [("half-open", True), ("closed", False)]
+
+
 def test_five_failures_open_the_breaker_and_one_probe_closes_it(server, polled):
     """The breaker opens at the fifth failure in a row, and the first good probe closes it."""
     one = polled()
