@@ -71,26 +71,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     clean_environment()
     # Endpoints that fail are what some of them are about.
-    logging.getLogger("gpupool_sync").setLevel(logging.ERROR)
+    ours = logging.getLogger("gpupool_sync")
+    before = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        return _measure(options.only or NAMES, mode, summarise=not options.only, write=options.markdown)
+    finally:
+        ours.setLevel(before)
+
+
+def _measure(names: Sequence[str], mode: Mode, *, summarise: bool, write: bool) -> int:
     begin = time.monotonic()
     told = machine(PACKAGES)
     print(told, end="\n\n")
     aimed: list[Row] = []
     took: list[str] = []
-    for name in options.only or NAMES:
+    for name in names:
         module: Any = importlib.import_module(f"benchmarks.{name}")
         started = time.monotonic()
         report: Report = module.run(mode)
         took.append(f"{name} {time.monotonic() - started:.0f} s")
         print_report(f"{module.TITLE} ({name})", report)
         aimed += [attrs.evolve(row, what=f"{module.TITLE}: {row.what}") for row in report.rows if row.verdict]
-        if options.markdown:
+        if write:
             # Each at once, so that an interrupt loses one and not all.
             _write(name, report, mode, told)
-    if not options.only:
+    if summarise:
         summary = Report(aimed)
         print_report(f"All targets ({TARGETS})", summary)
-        if options.markdown:
+        if write:
             _write(TARGETS, summary, mode, told)
     say(f"{', '.join(took)}; {time.monotonic() - begin:.0f} s in all")
     return 0
