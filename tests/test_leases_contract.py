@@ -249,6 +249,80 @@ def test_a_waiter_gets_a_closed_card_when_it_has_seen_it_empty(store, clock):
     assert granted(store.claim(attrs.evolve(waits, emptied={"a": 0.1}))) == ("a",)
 
 
+def test_a_card_that_one_has_seen_empty_is_open_for_who_waited_longer(store, clock):
+    """Who keeps a card for an older ticket must not keep it for one that cannot have it."""
+    hints = Hints(store)
+    wish = claim("a")
+    lease = store.claim(wish).lease
+    waits = claim("a", who="b", queue=True)
+    assert store.claim(waits) == Queued(0)
+    store.revoke("a", lease.token, "bob")
+    store.release([wish.id])
+    assert store.claim(waits) == Queued(0)
+    hints.take()
+    clock.advance(0.2)
+
+    assert isinstance(store.claim(claim("a", who="c", emptied={"a": 0.1})), Refused)
+    assert hints.take() == [waits.id]
+    assert list(store.closed()) == []
+    assert granted(store.claim(waits)) == ("a",)
+
+
+def test_who_waits_hears_of_a_card_that_another_one_saw_empty(store, clock):
+    """Even of one that does not want it, or cannot take it."""
+    hints = Hints(store)
+    held = claim("a"), claim("b")
+    tokens = [store.claim(each).lease.token for each in held]
+    waits = claim("a", who="b", queue=True)
+    assert store.claim(waits) == Queued(0)
+    store.revoke("a", tokens[0], "bob")
+    store.release([held[0].id])
+    assert store.claim(waits) == Queued(0)
+    hints.take()
+    clock.advance(0.2)
+
+    assert isinstance(store.claim(claim("a", "b", count=2, who="c", emptied={"a": 0.1})), Refused)
+    assert hints.take() == [waits.id]
+    assert granted(store.claim(waits)) == ("a",)
+
+
+def test_who_is_told_of_a_closed_card_keeps_the_free_one_it_was_told_of(store, clock):
+    """A closed card is nothing that the next in line could have instead."""
+    hints = Hints(store)
+    held = claim("a"), claim("b")
+    tokens = [store.claim(each).lease.token for each in held]
+    silent, waits, later = (claim("a", "b", who=name, queue=True) for name in "bcd")
+    for each in (silent, waits, later):
+        store.claim(each)
+    store.release([held[1].id])
+    assert hints.take() == [silent.id]
+    clock.advance(ANSWER_TIME)
+    assert isinstance(store.claim(claim("b", who="e")), Refused)
+    assert hints.take() == [waits.id]
+    store.revoke("a", tokens[0], "bob")
+    store.release([held[0].id])
+
+    assert isinstance(store.claim(later), Queued)
+    assert granted(store.claim(waits)) == ("b",)
+
+
+def test_who_was_told_of_a_closed_card_comes_first_for_one_that_is_given_back(store):
+    """Looking whether the closed one is empty is not the same as having it."""
+    hints = Hints(store)
+    held = claim("a"), claim("b")
+    tokens = [store.claim(each).lease.token for each in held]
+    waits, later = (claim("a", "b", who=name, queue=True) for name in "cd")
+    for each in (waits, later):
+        store.claim(each)
+    store.revoke("a", tokens[0], "bob")
+    store.release([held[0].id])
+    assert hints.take() == [waits.id]
+    store.release([held[1].id])
+
+    assert isinstance(store.claim(later), Queued)
+    assert granted(store.claim(waits)) == ("b",)
+
+
 def test_only_the_lease_with_the_token_is_revoked(store):
     """Neither the next lease on the card, nor that of another card, nor one that has ended."""
     first = claim("a")

@@ -498,6 +498,7 @@ class HostStore:
                 raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
         unqueued: OSError | None = None
         names: Sequence[str] = ()
+        opened = self._reopen(claim.emptied)
         granted = self._take_offer(claim)
         if granted is None and not (claim.queue and (ticket is not None or self.crowded())):
             names = self._ticket_names()
@@ -515,11 +516,13 @@ class HostStore:
         if granted is None:
             if unqueued is not None:
                 raise unqueued
+            self._pass_on_opened(opened)
             return Queued(self._position(claim.id, names)) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
         if claim.id in self._tickets:
             self._drop_ticket(claim.id)
         self._pass_on(taken_by=claim)
+        self._pass_on_opened(opened)
         return Granted(granted.lease)
 
     def _renew_directory(self) -> None:
@@ -881,6 +884,47 @@ class HostStore:
         self._closed[key] = closed_at
         return not is_open(closed_at, emptied.get(key), now)
 
+    def _reopen(self, emptied: Mapping[str, float]) -> list[str]:
+        """
+        Open the closed cards that were seen empty, for everybody; returns them.
+
+        For everybody, not for this claim alone: an older ticket is counted as served by such a card, and whoever has
+        it may not have seen the card since, or never will.
+        """
+        opened: list[str] = []
+        for key, ago in emptied.items():
+            if not self._opens(self._record(key, fresh=True), ago):
+                continue
+            with contextlib.suppress(OSError, LeaseStoreError):
+                locked = self._lock_card(key)
+                if locked is None:
+                    continue  # somebody holds it, or looks at it: then the claim's own `emptied` has to do
+                file = locked[0][0]
+                try:
+                    record = _read(file)
+                    if record is not None and self._opens(record, ago):
+                        released = record.get("released_at")
+                        ended = {"released_at": record.get("since") if released is None else released}
+                        self._write(file, {**record, **ended, "closed_at": None})
+                        opened.append(key)
+                finally:
+                    file.unlock()
+                self._closed.pop(key, None)
+                self._records.pop(key, None)
+        return opened
+
+    def _opens(self, record: Mapping[str, Any] | None, emptied: float) -> bool:
+        """Whether the card is closed, and opens by having been seen empty so many seconds ago."""
+        closed_at = self._closed_at(record)
+        now = self._clock()
+        return closed_at is not None and closed_at <= now and is_open(closed_at, emptied, now)
+
+    def _pass_on_opened(self, opened: Sequence[str]) -> None:
+        """`_pass_on` of cards that a claim has opened, as far as it did not take them."""
+        left = [key for key in opened if self._free_by_record(key, {}, shared=False)]
+        if left:
+            self._pass_on(left)
+
     def _closed_at(self, record: Mapping[str, Any] | None) -> float | None:
         if record is None or record.get("share") is not None or record.get("boot") != self._boot:
             return None
@@ -1091,6 +1135,8 @@ class HostStore:
                 self._note_last_share(key, held.lease, now)
             elif missing:
                 self._close_anew(key, held.lease, now)
+            if not given_back and held.lease.share is None:
+                self._closed[key] = now  # for `_pass_on` too
             self._records.pop(key, None)
 
     def _close_anew(self, key: str, lease: Lease, now: float) -> None:
@@ -1422,13 +1468,18 @@ class HostStore:
                 dead.append(name)
         return dead
 
-    def _tell_one(self, name: str, offered: str | None, now: float) -> bool:
-        """Hint to the owner of a ticket that a card, *offered* if that is known, may be its; False: it is dead."""
+    def _tell_one(self, name: str, offered: str | None, now: float, *, noted: bool = True) -> bool:
+        """
+        Hint to the owner of a ticket that a card, *offered* if that is known, may be its; False: it is dead.
+
+        *noted*: at the ticket, which is passed over if no answer comes.
+        """
         body: bytes | None = None
         # Before the message: what the owner answers clears the mark, never the other way round.
         try:
             file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
-            os.pwrite(file.fd, _hint_stamp(now), 0)
+            if noted:
+                os.pwrite(file.fd, _hint_stamp(now), 0)
             body = os.pread(file.fd, SHORT_BODY, _STAMPS)
             if len(body) == SHORT_BODY:
                 body = os.pread(file.fd, LONGEST_BODY, _STAMPS)
@@ -1515,6 +1566,25 @@ class HostStore:
                 left.remove(first)
         return True
 
+    def _ask_to_look(self, shut: Collection[str], names: Sequence[str]) -> None:
+        """
+        Tell whoever is next for cards that have just been closed, to look whether they are empty.
+
+        That offers nothing, so it is not noted at the ticket: who was told of a card counts as about to take it, and
+        another card that its ticket wants too would be offered to the next one.
+        """
+        now = self._clock()
+        left = set(shut)
+        for name in names:
+            if not left:
+                break
+            loaded = self._load_ticket(name)
+            if loaded is None or (loaded[1] is not None and now - loaded[1] >= ANSWER_TIME):
+                continue
+            wanted = {wanted.key for group in loaded[0].groups for wanted in group}
+            if not left.isdisjoint(wanted) and self._tell_one(name, None, now, noted=False):
+                left -= wanted
+
     def _pass_on(self, freed: Collection[str] = (), *, plainly: bool = False, taken_by: Claim | None = None) -> None:
         """
         Tell whoever is next for what is free now; after the grant to *taken_by* (a whole card), if any is left.
@@ -1524,6 +1594,10 @@ class HostStore:
         names = self._ticket_names()
         if not names:
             return
+        shut = [key for key in freed if key in self._closed]
+        if shut:
+            self._ask_to_look(shut, names)
+            freed = [key for key in freed if key not in shut]
         # Its ticket stood in nobody's way but at the cards that it wanted. Mostly none of them is left, and a look at
         # these costs less than reading the tickets.
         if taken_by is not None and taken_by.share is None:

@@ -94,8 +94,7 @@ class MemoryStore:
         ):
             raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
         now = self._clock()
-        if self._closed:
-            reopen(self._closed, claim.emptied, now)
+        opened = reopen(self._closed, claim.emptied, now) if self._closed else []
         picked, hints = self._queue.choose(claim, now, self._fits_locked)
         if picked is not None:
             lease = self._grant_locked(claim, picked, now)
@@ -103,11 +102,12 @@ class MemoryStore:
                 self._queue.remove(claim.id)
                 if claim.share is None:
                     self._queue.taken(picked)
-                hints += self._queue.hints((), now, self._fits_locked)
+                hints += self._queue.hints(opened, now, self._fits_locked)
             return Granted(lease), hints
-        if claim.queue:
-            return Queued(self._queue.put(claim, now)), hints
-        return Refused(self._reasons_locked(claim)), hints
+        outcome = Queued(self._queue.put(claim, now)) if claim.queue else Refused(self._reasons_locked(claim))
+        if opened and self._queue:
+            hints += self._queue.hints(opened, now, self._fits_locked)
+        return outcome, hints
 
     def _fits_locked(self, wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:
         return wanted.key not in self._closed and self._beside_locked(wanted, share, pending)

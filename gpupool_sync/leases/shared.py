@@ -25,11 +25,12 @@ def is_open(closed_at: float, emptied: float | None, now: float) -> bool:
     return now - closed_at >= CLOSED_TIME or (emptied is not None and now - emptied > closed_at)
 
 
-def reopen(closed: dict[str, float], emptied: Mapping[str, float], now: float) -> None:
-    """Take the cards that may be granted again out of *closed*. Under its owner's lock."""
-    for key, closed_at in list(closed.items()):
-        if is_open(closed_at, emptied.get(key), now):
-            del closed[key]
+def reopen(closed: dict[str, float], emptied: Mapping[str, float], now: float) -> list[str]:
+    """Take the cards that may be granted again out of *closed*, and return them. Under its owner's lock."""
+    opened = [key for key, closed_at in closed.items() if is_open(closed_at, emptied.get(key), now)]
+    for key in opened:
+        del closed[key]
+    return opened
 
 
 class Subscribers:
