@@ -86,19 +86,19 @@ class Waiting:
         return self.hinted_at is None or now - self.hinted_at < ANSWER_TIME
 
 
-def servable(tickets: list[Waiting], free: set[str]) -> set[str]:
-    """Which of the tickets, each for one whole card, can be served from *free* if the oldest come first."""
-    taken: dict[str, Waiting] = {}
+def leave(wishes: list[set[str]], free: set[str], cards: set[str]) -> bool:
+    """
+    Whether those who wish, the oldest first, each for one of its cards, may leave *cards* of those that are *free*.
 
-    def place(ticket: Waiting, tried: set[str]) -> bool:
-        for key in sorted(free & wanted_keys(ticket.claim) - tried):
-            tried.add(key)
-            if key not in taken or place(taken[key], tried):
-                taken[key] = ticket
-                return True
-        return False
-
-    return {ticket.claim.id for ticket in sorted(tickets, key=lambda t: t.order) if place(ticket, set())}
+    Each chooses among what is left, and gets something if there is anything. It need not choose such that most are
+    served: a card is its, and not that of the next one, because it came first.
+    """
+    if not wishes:
+        return True
+    choice = free & wishes[0]
+    if not choice:
+        return leave(wishes[1:], free, cards)
+    return any(leave(wishes[1:], free - {key}, cards) for key in choice - cards)
 
 
 def wanted_keys(claim: Claim) -> set[str]:
@@ -266,19 +266,31 @@ class Histories(RuleBasedStateMachine):
 
     def ask(self, claim: Claim, store: int) -> None:
         now = self.clock.now
+        if isinstance(self.stores[store], Served) and not any(len(group) >= claim.count for group in claim.groups):
+            # Its cards can never serve that; a ticket of before stays as it was.
+            assert isinstance(self.stores[store].claim(claim), Refused)
+            self.listen()
+            return
         ticket = self.waiting.get(claim.id)
         if ticket is not None:
             ticket.place = max(ticket.first_place - MAX_FORWARD, min(ticket.place, now - claim.waited))
             ticket.hinted_at = None
             ticket.claim = claim
         order = ticket.order if ticket is not None else (now - claim.waited, self.number)
-        free = self.free_cards()
-        older = [
-            other
-            for other in self.waiting.values()
-            if other.order < order and other.ready(now) and other.claim.count == 1 and other.claim.share is None
-        ]
         self.seen_empty |= {key for key, ago in claim.emptied.items() if now - ago > self.closed.get(key, now)}
+        # After the line above: what this claim tells of opens a card for those before it as well.
+        free = self.free_cards()
+        older: list[set[str]] = []
+        before: set[str] = set()  # the cards that those want first who want a share, or several
+        for other in sorted(self.waiting.values(), key=lambda t: t.order):
+            if other.order >= order or not other.ready(now):
+                continue
+            if other.claim.count > 1 or other.claim.share is not None:
+                # Any of these may be its. A share leaves room for the shares of others, such as this claim's, but
+                # none for those behind it who want the whole card.
+                before |= wanted_keys(other.claim)
+            else:
+                older.append(wanted_keys(other.claim) - before)
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
             self.granted(claim, store, outcome.lease, older, free)
@@ -297,9 +309,9 @@ class Histories(RuleBasedStateMachine):
         """The cards that anybody might have as a whole."""
         taken = {key for held in self.held.values() for key in held.lease.cards}
         shut = {key for key, at in self.closed.items() if self.clock.now - at < CLOSED_TIME}
-        return set("abc") - taken - shut
+        return set("abc") - taken - (shut - self.seen_empty)
 
-    def granted(self, claim: Claim, store: int, lease: Lease, older: list[Waiting], free: set[str]) -> None:
+    def granted(self, claim: Claim, store: int, lease: Lease, older: list[set[str]], free: set[str]) -> None:
         now = self.clock.now
         assert (lease.id, lease.holder, lease.share) == (claim.id, claim.holder, claim.share)
         assert len(set(lease.cards)) == claim.count
@@ -313,8 +325,8 @@ class Histories(RuleBasedStateMachine):
                 del self.closed[key]
                 self.seen_empty.discard(key)
         if set(lease.cards) <= free:
-            # Nobody who has waited longer, and is there, could have been served and now cannot.
-            assert servable(older, free) == servable(older, free - set(lease.cards))
+            # Nobody who has waited longer, and is there, had only these to choose from.
+            assert leave(older, free, set(lease.cards))
         self.waiting.pop(claim.id, None)
         self.held[claim.id] = Held(lease, claim, store, now + TTL if store == 0 and self.ttl else None)
 
