@@ -83,7 +83,9 @@ def large_pool(hosts: int, number: int, **options: Any) -> Iterator[GPUPool]:
     urls = [f"http://127.0.0.1:{10_000 + host}" for host in range(hosts)]
     with (
         patched(endpoints, "make_endpoint", make),
-        GPUPool(urls, lease_store=MemoryStore(), poll_interval=3600.0, name=f"large-{hosts}", **options) as pool,
+        GPUPool(
+            urls, lease_store=MemoryStore(), poll_interval=3600.0, watch=hosts, name=f"large-{hosts}", **options
+        ) as pool,
     ):
         pool.refresh(60.0)
         yield pool

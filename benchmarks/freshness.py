@@ -51,7 +51,10 @@ def run(mode: Mode) -> Report:
 
 def _long_run(mode: Mode, size: int) -> Row:
     say(f"freshness: {size} endpoints in the long run")
-    with Servers(size, DELAY) as servers, GPUPool(servers.urls, lease_store=MemoryStore(), name="benchmark") as pool:
+    with (
+        Servers(size, DELAY) as servers,
+        GPUPool(servers.urls, lease_store=MemoryStore(), watch=size, name="benchmark") as pool,
+    ):
         if not pool.refresh(TIMEOUT):
             raise RuntimeError("not every endpoint was read in time")
         # A turn is one interval: each endpoint is read once in it.
@@ -106,7 +109,14 @@ def _watched() -> Iterator[Fresh]:
 
 
 def _make(urls: list[str]) -> GPUPool:
-    return GPUPool(urls, lease_store=MemoryStore(), endpoint_timeout=EXCHANGE, breaker_failures=1, name="benchmark")
+    return GPUPool(
+        urls,
+        lease_store=MemoryStore(),
+        endpoint_timeout=EXCHANGE,
+        breaker_failures=1,
+        watch=len(urls),
+        name="benchmark",
+    )
 
 
 def _black_holed(mode: Mode, size: int) -> list[Row]:
