@@ -73,4 +73,7 @@ def _no_threads_left_behind() -> Iterator[None]:
     ]:
         if time.monotonic() >= deadline:
             pytest.fail(f"threads left behind: {', '.join(thread.name for thread in left)}")
-        left[0].join(0.05)
+        try:
+            left[0].join(0.05)
+        except RuntimeError:  # it is just being started, and cannot be joined yet
+            time.sleep(0.01)
