@@ -519,6 +519,9 @@ _SAME = {"derandomize": settings().max_examples <= 100, "stateful_step_count": 4
 # A history costs as much as some dozen cases of other properties.
 _FEWER = settings(max_examples=max(10, settings().max_examples // 10), **_SAME)
 
+# Left out where the wheel is tested with other versions: the histories depend on the version of hypothesis.
+pytestmark = pytest.mark.checkout
+
 TestOneProcess = OneProcess.TestCase
 TestOneHost = OneHost.TestCase
 TestServerAndHost = ServerAndHost.TestCase
