@@ -333,9 +333,6 @@ class _Readers:
         for name in [name for name in list(self._files) if name not in names]:
             self.forget(name)
 
-    def __len__(self) -> int:
-        return len(self._files)
-
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
