@@ -34,6 +34,7 @@ from gpupool_sync.errors import (
     WorkerTimeoutError,
 )
 from gpupool_sync.pool import GPUPool, _Acquiring, _timeout
+from gpupool_sync.starting import start
 from gpupool_sync.status import (
     EndpointInfo,
     EndpointStatus,
@@ -725,7 +726,7 @@ class _Retries:
         self._waiting.clear()
         if self._due and self._thread is None:
             thread = threading.Thread(target=self._run, name="gpupool-retry", daemon=True)
-            thread.start()
+            start(thread)
             self._thread = thread
 
     def _run(self) -> None:

@@ -22,6 +22,7 @@ import attrs
 from gpupool_sync.config import Endpoint, EndpointSource, Settings, endpoint_in_text, unique_endpoints
 from gpupool_sync.config_file import read_bytes
 from gpupool_sync.errors import ConfigError, EndpointUnavailable, GPUPoolError
+from gpupool_sync.starting import start
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class _Look:
         self.done = threading.Event()
         self.result: Any = None
         self.error: Exception | None = None
-        threading.Thread(target=self._run, name="gpupool-look", daemon=True).start()
+        start(threading.Thread(target=self._run, name="gpupool-look", daemon=True))
 
     def _run(self) -> None:
         try:

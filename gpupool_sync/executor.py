@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 import attrs
 
 from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, PoolClosed, RemoteGPUError
+from gpupool_sync.starting import start
 
 if TYPE_CHECKING:
     import subprocess
@@ -390,7 +391,7 @@ class _Crew:
                     return
                 self._slots.add(slot)
                 try:
-                    slot.thread.start()
+                    start(slot.thread)
                 except BaseException:
                     self._slots.discard(slot)  # if it runs all the same, it adds itself
                     raise

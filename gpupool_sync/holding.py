@@ -14,6 +14,7 @@ from typing import Any
 
 from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, forget_mask
+from gpupool_sync.starting import start
 from gpupool_sync.state import PoolState, all_grants
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def release_when_children_end(state: PoolState) -> None:
             release(state, grant)
 
     # With the pool: its leases are not those of one that is gone.
-    threading.Thread(target=wait, args=(state.owner(),), name="gpupool-children", daemon=True).start()
+    start(threading.Thread(target=wait, args=(state.owner(),), name="gpupool-children", daemon=True))
     state.leaving.clear()
 
 
@@ -196,7 +197,7 @@ def look_for_losses(state: PoolState) -> None:
     ]
     if lost:
         # A thread of its own: on_lost is the user's, and may take as long as it likes.
-        threading.Thread(target=_leases_lost, args=(state, lost), name="gpupool-lost", daemon=True).start()
+        start(threading.Thread(target=_leases_lost, args=(state, lost), name="gpupool-lost", daemon=True))
 
 
 def _leases_lost(state: PoolState, lease_ids: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.leases.base import LeaseStore
+from gpupool_sync.starting import start
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class _Kept:
 
 
 def _start_thread(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="gpupool-keeper-renewal", daemon=True).start()
+    start(threading.Thread(target=work, name="gpupool-keeper-renewal", daemon=True))
 
 
 class Keeper:
@@ -128,7 +129,7 @@ class Keeper:
             if self._stopping or not self._kept or self._thread is not None:
                 return
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
+            start(thread)
             self._thread = thread
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -145,6 +146,13 @@ class Keeper:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        me = threading.current_thread()
+        with self._lock:
+            # Whoever started it may have been interrupted before it was noted; then perhaps another one was started.
+            if self._thread is None:
+                self._thread = me
+            if self._thread is not me:
+                return
         try:
             self._keep()
         except BaseException:

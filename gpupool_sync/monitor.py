@@ -26,6 +26,7 @@ from gpupool_sync.discovery import Found, Watch
 from gpupool_sync.endpoint import TURN_PATIENCE, PolledEndpoint
 from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
 from gpupool_sync.models import Snapshot
+from gpupool_sync.starting import start
 from gpupool_sync.transport import NoTurn
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class Monitor:
 
     def _start_thread_locked(self) -> None:
         thread = threading.Thread(target=self._run, name=f"{self._name}-monitor", daemon=True)
-        thread.start()
+        start(thread)
         self._thread = thread  # not before it runs: a thread that is not started yet looks like one that died
 
     def ensure_running(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 from gpupool_sync.errors import LeaseStoreError, TooManyWaiting
 from gpupool_sync.leases.base import LeaseStore
+from gpupool_sync.starting import start
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class Listener:
             self._rooms.add(room)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="gpupool-listener", daemon=True)
-                thread.start()
+                start(thread)
                 self._thread = thread
 
     def _anybody(self) -> bool:
@@ -149,6 +150,13 @@ class Listener:
             return False
 
     def _run(self) -> None:
+        me = threading.current_thread()
+        with self._lock:
+            # Whoever started it may have been interrupted before it was noted; then perhaps another one was started.
+            if self._thread is None:
+                self._thread = me
+            if self._thread is not me:
+                return
         try:
             self._listen_while_needed()
         except BaseException:

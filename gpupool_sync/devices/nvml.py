@@ -22,6 +22,7 @@ from gpupool_sync.devices.host import host_identity
 from gpupool_sync.devices.processes import describe
 from gpupool_sync.devices.visible import Mask
 from gpupool_sync.models import ComputeProcess, GPUFault, GPUReading, Sample
+from gpupool_sync.starting import start
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class _Worker:
         self.since = boottime()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            start(self._thread)
         self._changed.notify_all()
 
     def close_locked(self) -> None:
