@@ -33,7 +33,7 @@ from gpupool_sync.looking import MANY_ENDPOINTS, Seen, glance, look, room_of, sc
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest
 from gpupool_sync.reporting import describe, explain
 from gpupool_sync.state import Engine, PoolState, all_grants
-from gpupool_sync.waiting import Waiter, listener
+from gpupool_sync.waiting import RECHECK, Waiter, listener
 
 if TYPE_CHECKING:
     from gpupool_sync.progress import Progress
@@ -133,17 +133,16 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
     progress: Progress | None = None
     waiter = Waiter(grant.id)
     tickets = Tickets()
+    last = _Last()
     widen_at = 0.0  # time.monotonic()
+    failures = 0  # claims in a row that did not arrive
     state.waiting.join(waiter)
     try:
         while True:
-            if state.closed:
-                raise PoolClosed("the pool was closed while this call waited")
-            if grant.cancelled:
-                raise PoolClosed("this call was cancelled while it waited")
-            if engine.inherited is not None:
-                engine.inherited.check()
-            seen = look(state, engine, request)
+            _may_go_on(state, engine, grant)
+            last.looks(state)
+            # Among several endpoints the strategy chooses by what is free. At the only one its arbiter has the say.
+            seen = look(state, engine, request, leases=len(engine.endpoints) > 1)
             if not engine.watched.complete and time.monotonic() >= widen_at:
                 # Everybody who is watched has refused; or has nothing that would do, which more readings tell at once.
                 new = engine.widen(everywhere=not seen)
@@ -152,12 +151,13 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
                     _read(state, engine, new, deadline)
                     _require_possible(state, engine, request)
                     seen = look(state, engine, request)
-            claims += _claim_all(state, engine, grant, request, seen, waiter, tickets)
+            claims += _claim_all(state, engine, grant, request, seen, waiter, tickets, last)
             if grant.lease is not None:
                 return claims
             if waiter.id != grant.id:
                 state.waiting.rename(waiter, grant.id)
-            sleep = min(state.waiting.recheck(), tickets.pause())
+            failures = failures + 1 if grant.problems else 0
+            sleep = min(state.waiting.recheck(failures), tickets.pause())
             if shown:
                 waited = time.monotonic() - grant.asked_at
                 if waited < SHOW_AFTER:
@@ -169,7 +169,14 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
                         shown = False  # the wait goes on without
                     else:
                         _tell_progress(state, progress, grant, request)
-            woken = waiter.wait(deadline.within(sleep))
+            woken = _sleep(state, waiter, last.store, deadline.within(sleep))
+            if woken and last.store is not None and last.holds(state):
+                _may_go_on(state, engine, grant)
+                claims += 1
+                if _claim(state, last.store, grant, request, last.offers, queue=True):
+                    assert grant.snapshot is not None
+                    state.strategy.feedback(grant.snapshot.endpoint_id, True)
+                    return claims
             if not woken:
                 engine.monitor.ensure_running()
                 if not told and time.monotonic() - grant.asked_at > LONG_WAIT:
@@ -184,6 +191,22 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
         state.waiting.leave(waiter)
         if progress is not None:
             progress.close()
+
+
+def _may_go_on(state: PoolState, engine: Engine, grant: Grant) -> None:
+    if state.closed:
+        raise PoolClosed("the pool was closed while this call waited")
+    if grant.cancelled:
+        raise PoolClosed("this call was cancelled while it waited")
+    if engine.inherited is not None:
+        engine.inherited.check()
+
+
+def _sleep(state: PoolState, waiter: Waiter, store: LeaseStore | None, seconds: float) -> bool:
+    """Until woken, or so many seconds; whether it was woken. *store*: whose hints it needs, if only one's."""
+    if store is not None and store.needs_listener:
+        return listener(store).wait(waiter, state.waiting, seconds)
+    return waiter.wait(seconds)
 
 
 def _read(state: PoolState, engine: Engine, endpoint_ids: Sequence[str], deadline: Deadline) -> None:
@@ -337,11 +360,12 @@ def _claim_all(
     seen: Sequence[Seen],
     waiter: Waiter | None = None,
     tickets: Tickets | None = None,
+    last: _Last | None = None,
 ) -> int:
     """
     Claim at every arbiter, held cards included; returns how many claims that took.
 
-    With *tickets*, at those whose turn it is, and a ticket is left there for all of their cards.
+    With *tickets*, at those whose turn it is, and a ticket is left there for all of their cards; *last* notes them.
     """
     order = ordered(seen, request, _Noting(state.strategy, grant), _random)
     chosen = set(map(id, order))
@@ -368,7 +392,7 @@ def _claim_all(
     claims = 0
     for number in plan:
         store = stores[number]
-        if tickets is not None and store.needs_listener:
+        if tickets is not None and store.needs_listener and (len(stores) > 1 or listener(store).ears is None):
             listener(store).listen_for(state.waiting)
         claims += 1
         grant.position = None
@@ -381,7 +405,41 @@ def _claim_all(
         if tickets is not None:
             tickets.left(number, grant.position, time.monotonic())
     grant.position = None if tickets is None else tickets.position
+    if last is not None and len(stores) == 1:
+        ((number, store),) = stores.items()
+        last.store, last.offers = store, offers[number]
     return claims
+
+
+class _Last:
+    """
+    What a waiter asked for last, where all of its cards have one arbiter.
+
+    A hint mostly comes while no reading has: then the same claim, repeated, is all that is left to do.
+    """
+
+    __slots__ = ("_at", "_table", "offers", "store")
+
+    def __init__(self) -> None:
+        self.store: LeaseStore | None = None
+        self.offers: Sequence[tuple[Seen, Sequence[Card]]] = ()
+        self._table: object = None
+        self._at = 0.0
+
+    def looks(self, state: PoolState) -> None:
+        """From here on, until a reading comes, *offers* are what is seen."""
+        self.store = None
+        self._table = state.table.view()[0]
+        self._at = time.monotonic()
+
+    def holds(self, state: PoolState) -> bool:
+        """Whether it would be the same now."""
+        return (
+            self.store is not None
+            and state.table.view()[0] is self._table
+            and time.monotonic() - self._at < RECHECK
+            and not any(each.endpoint.draining or each.endpoint.open for each, _ in self.offers)
+        )
 
 
 def _begin_anew(state: PoolState, grant: Grant) -> None:
@@ -541,6 +599,8 @@ def _emptied(store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -
 
 
 def _others(seen: Seen) -> list[Card]:
+    if seen.free is seen.wanted:
+        return []
     free = {card.key for card in seen.free}
     return [card for card in seen.wanted if card.key not in free]
 

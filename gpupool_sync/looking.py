@@ -79,9 +79,18 @@ class Sight:
 
 
 def look(
-    state: PoolState, engine: Engine, request: GPURequest, endpoints: Iterable[PolledEndpoint] | None = None
+    state: PoolState,
+    engine: Engine,
+    request: GPURequest,
+    endpoints: Iterable[PolledEndpoint] | None = None,
+    *,
+    leases: bool = True,
 ) -> list[Seen]:
-    """The endpoints that may grant now, with their cards for the request."""
+    """
+    The endpoints that may grant now, with their cards for the request.
+
+    *leases*: whether it matters which of the cards are leased as far as is known, or all may be called free.
+    """
     snapshots, duplicates = state.table.view()
     now = boottime()
     rivals = state.rivals.per_second(now)
@@ -100,14 +109,17 @@ def look(
         closed = store.closed()
         screened = screened_for(state, snapshot, request)
         if not (shared or closed or duplicates or screened.vetoed):  # mostly
-            is_held = store.is_held
-            free = [card for card in screened.eligible if not is_held(card.key)]
+            free = screened.eligible
+            if leases:
+                is_held = store.is_held
+                free = tuple([card for card in free if not is_held(card.key)])
             if len(screened.eligible) >= request.count:
                 whole = len(free) == len(screened.eligible)
                 load = screened.load if whole else sum([card.reading.load for card in free])
                 seen.append(Seen(endpoint, store, snapshot, free, screened.eligible, load, snapshot.age(now), rivals))
             continue
-        free, wanted = [], []
+        unleased: list[Card] = []
+        wanted: list[Card] = []
         for card, veto, obstacle in judged(store, snapshot, screened, request):
             if veto is not None:
                 continue
@@ -117,10 +129,10 @@ def look(
                 taken.add(card.key)
             wanted.append(card)
             if obstacle is None:
-                free.append(card)
+                unleased.append(card)
         if len(wanted) >= request.count:
-            load = sum([card.reading.load for card in free])
-            seen.append(Seen(endpoint, store, snapshot, free, wanted, load, snapshot.age(now), rivals))
+            load = sum([card.reading.load for card in unleased])
+            seen.append(Seen(endpoint, store, snapshot, unleased, wanted, load, snapshot.age(now), rivals))
     return seen
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
 
 from gpupool_sync.errors import LeaseStoreError, TooManyWaiting
 from gpupool_sync.leases.base import LeaseStore
@@ -20,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a waiter looks again by itself: hints are hints, and readings change.
 RECHECK = 1.0
+#: After a claim that its arbiter did not hear: seconds until the next one, which double up to RECHECK.
+RETRY = 0.1
+#: So many of those who have waited longest look again when hints may have been lost.
+LOOK_AGAIN = 8
 #: Beyond so many waiters each re-check comes later in proportion, so that they do not eat the processor.
 MANY_WAITERS = 64
 
@@ -27,10 +33,12 @@ MANY_WAITERS = 64
 class Waiter:
     """One caller that waits for a card; `id` is that of its claim."""
 
-    __slots__ = ("_asleep", "hints", "id")
+    __slots__ = ("_asleep", "_ears", "hints", "id")
 
     def __init__(self, id: str) -> None:
         self.id = id
+        #: While it listens by itself: the thread, and what ends its listening.
+        self._ears: tuple[int, Callable[[], None]] | None = None
         #: Which arbiters hinted, by `id`; whoever waits takes them out. Appending and popping are atomic.
         self.hints: list[int] = []
         self._asleep = threading.Lock()
@@ -46,6 +54,38 @@ class Waiter:
             self._asleep.release()
         except RuntimeError:  # it is awake already
             return
+        ears = self._ears
+        if ears is not None and ears[0] != threading.get_ident():
+            ears[1]()
+
+    def listen(self, store: OwnEars, timeout: float) -> bool:
+        """`wait`, while this thread itself hears the hints of *store*."""
+        end = time.monotonic() + timeout
+        try:
+            # Before the first look: who wakes it after that ends the listening.
+            self._ears = threading.get_ident(), store.end_listening
+            while not self._asleep.acquire(blocking=False):
+                left = end - time.monotonic()
+                if left <= 0.0:
+                    return False
+                store.listen(left)
+            return True
+        finally:
+            self._ears = None
+
+
+@runtime_checkable
+class OwnEars(Protocol):
+    """A `LeaseStore` to which any number of threads may listen, each by itself."""
+
+    def listen(self, timeout: float) -> None:
+        """As in `LeaseStore`."""
+
+    def is_listening(self) -> bool:
+        """Whether hints can come to `listen` already."""
+
+    def end_listening(self) -> None:
+        """Make whoever is in `listen` come back, soon."""
 
 
 class WaitingRoom:
@@ -108,16 +148,20 @@ class WaitingRoom:
         """Wake everybody: the pool closes."""
         self.wake_oldest(len(self._waiters))
 
-    def recheck(self) -> float:
-        """Seconds that a waiter sleeps at most."""
-        return RECHECK * max(1.0, len(self._waiters) / MANY_WAITERS)
+    def recheck(self, failures: int = 0) -> float:
+        """Seconds that a waiter sleeps at most, after so many claims in a row that did not arrive."""
+        longest = RECHECK * max(1.0, len(self._waiters) / MANY_WAITERS)
+        # Without a ticket it has no place: a connection that was cut once must not cost it the turn.
+        return min(longest, RETRY * 2.0 ** min(failures - 1, 10)) if failures else longest
 
 
 class Listener:
     """
-    The one thread of this process that listens to an arbiter's hints.
+    Who listens to an arbiter's hints in this process: one thread.
 
-    It runs while somebody waits, and ends by itself when nobody has for a while.
+    It runs while somebody waits, and ends by itself when nobody has for a while.  Where the arbiter can be listened to
+    by several threads, and there is one waiter only, that one listens itself: the way by another thread would cost
+    as much as all the rest of a grant.
     """
 
     def __init__(self, store: LeaseStore) -> None:
@@ -126,6 +170,8 @@ class Listener:
         self._lock = threading.Lock()
         self._rooms: weakref.WeakSet[WaitingRoom] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
+        #: The store, if a waiter can listen to it by itself; else the thread must run before a ticket is left.
+        self.ears = store if isinstance(store, OwnEars) else None
 
     def listen_for(self, room: WaitingRoom) -> None:
         """See to it that the thread runs as long as somebody is in *room*."""
@@ -136,6 +182,20 @@ class Listener:
                 thread = threading.Thread(target=self._run, name="gpupool-listener", daemon=True)
                 start(thread)
                 self._thread = thread
+
+    def wait(self, waiter: Waiter, room: WaitingRoom, timeout: float) -> bool:
+        """Let *waiter*, who is in *room*, sleep until woken, or *timeout* seconds; whether it was woken."""
+        ears = self.ears
+        if ears is not None and ears.is_listening() and self._is_alone(room):
+            # Who comes after this look is not alone, and starts the thread. That two listen does no harm.
+            return waiter.listen(ears, timeout)
+        self.listen_for(room)
+        return waiter.wait(timeout)
+
+    def _is_alone(self, room: WaitingRoom) -> bool:
+        with self._lock:
+            self._rooms.add(room)
+            return self._thread is None and sum(map(len, self._rooms)) <= 1
 
     def _anybody(self) -> bool:
         with self._lock:
@@ -177,6 +237,11 @@ class Listener:
                 told = told or news
                 level = logging.WARNING if news else logging.INFO
                 logger.log(level, "no hints from %s: %s", self._store.description, exc)
+                # What was under way to us when the connection broke is lost, and is not told again.
+                with self._lock:
+                    rooms = list(self._rooms)
+                for room in rooms:
+                    room.wake_oldest(LOOK_AGAIN)
                 pause.wait(RECHECK)
             except Exception:
                 # Supervised: waiters look again by themselves each second, but they should not have to.

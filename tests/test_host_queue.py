@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from gpupool_sync.leases import host
 from gpupool_sync.leases.base import Granted, Queued, Refused, Share
-from gpupool_sync.leases.host import CROWDED_TIME, RECORD_TIME, HostStore
+from gpupool_sync.leases.host import CROWDED_TIME, RECORD_BYTES, RECORD_TIME, HostStore
 from gpupool_sync.leases.tickets import ANSWER_TIME
 from test_leases_contract import Clock, Hints, claim, granted
 
@@ -47,13 +48,14 @@ def wait(store, *cards, who, **more):
     return waiting
 
 
+def fails(name):
+    raise AssertionError(f"{name} was read")
+
+
 def reads_no_tickets(store, monkeypatch):
     """From here on, reading a ticket is an error."""
 
-    def fail(name):
-        raise AssertionError(f"{name} was read")
-
-    monkeypatch.setattr(store, "_load_ticket", fail)
+    monkeypatch.setattr(store, "_load_ticket", fails)
 
 
 def test_who_was_told_of_a_card_takes_it_without_reading_the_queue(stores, clock, monkeypatch):
@@ -188,7 +190,7 @@ def test_what_stands_in_a_note_is_not_taken_for_a_held_card(stores):
     held = claim("gpu", who="first", note='"released_at":null')
     granted(first.claim(held))
     first.release([held.id])
-    assert not second._says_held("gpu")
+    assert not second._says_held(second._raw_record("gpu"))
     waiting = claim("gpu", who="second", queue=True)
     assert granted(second.claim(waiting)) == ("gpu",)
 
@@ -198,7 +200,7 @@ def test_a_fifo_in_the_directory_keeps_nobody_waiting(stores, locks):
     (store,) = stores(1)
     os.mkfifo(locks / "gpu-fifo")
     assert store.is_held("fifo") is False
-    assert not store._says_held("fifo")
+    assert store._raw_record("fifo") == b""
 
 
 def test_it_is_crowded_for_a_moment_after_somebody_was_seen_waiting(stores, clock):
@@ -255,3 +257,87 @@ def test_files_that_are_kept_open_end_with_the_store(stores):
     second.close()
     first.close()
     assert open_files() == before
+
+
+def test_whom_a_card_is_for_stands_in_its_record(stores, clock, monkeypatch):
+    """So that whoever else looks at it need not read the queue, which would tell the same."""
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    mine = wait(second, "gpu", who="second")
+    first.release([held.id])
+    reads_no_tickets(third, monkeypatch)
+    assert isinstance(third.claim(claim("gpu", who="third", queue=True)), Queued)
+    assert isinstance(third.claim(claim("gpu", who="third")), Refused)
+    second.listen(5.0)
+    assert granted(second.claim(mine)) == ("gpu",)
+
+
+def test_a_card_is_kept_for_nobody_longer_than_a_second(stores, clock):
+    """Its process may be stopped."""
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    wait(second, "gpu", who="second")
+    first.release([held.id])
+    clock.advance(ANSWER_TIME)
+    assert granted(third.claim(claim("gpu", who="third"))) == ("gpu",)
+
+
+def test_a_card_that_is_kept_for_somebody_who_left_is_free(stores):
+    """And whoever is next hears of it."""
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    mine = wait(second, "gpu", who="second")
+    theirs = wait(third, "gpu", who="third", waited=-1.0)
+    hints = Hints(third)
+    first.release([held.id])
+    second.withdraw([mine.id])
+    third.listen(5.0)
+    assert hints.take() == [theirs.id]
+    assert granted(third.claim(theirs)) == ("gpu",)
+
+
+def test_who_has_a_card_kept_stands_in_nobodys_way_at_another(stores, clock):
+    """It is about to take the one that it was told of."""
+    first, second, third = stores(3)
+    held = claim("gpu-1", who="first")
+    granted(first.claim(held))
+    other = claim("gpu-2", who="first")
+    granted(first.claim(other))
+    mine = wait(second, "gpu-1", "gpu-2", who="second")
+    first.release([held.id])
+    first.release([other.id])
+    assert granted(third.claim(claim("gpu-2", "gpu-1", who="third", queue=True))) == ("gpu-2",)
+    second.listen(5.0)
+    assert granted(second.claim(mine)) == ("gpu-1",)
+
+
+def test_a_record_without_room_for_the_name_is_released_all_the_same(stores, monkeypatch):
+    """Then whoever looks at the card reads the queue."""
+    monkeypatch.setattr(host, "PROMISE_BYTES", RECORD_BYTES)
+    first, second, third = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    mine = wait(second, "gpu", who="second")
+    hints = Hints(second)
+    first.release([held.id])
+    assert isinstance(third.claim(claim("gpu", who="third")), Refused)
+    second.listen(5.0)
+    assert hints.take() == [mine.id]
+    assert granted(second.claim(mine)) == ("gpu",)
+
+
+def test_a_promise_in_a_note_is_none(stores, clock):
+    """Records are searched for it before they are read."""
+    first, second = stores(2)
+    held = claim("gpu-1", who="first")
+    granted(first.claim(held))
+    wait(second, "gpu-1", who="second", waited=-1.0)
+    (ticket,) = second._ticket_names()
+    note = f'"released_at":1.0,"for":["{ticket}",{clock():.6f}]'
+    noted = claim("gpu-2", who="first", note=note)
+    granted(first.claim(noted))
+    first.release([noted.id])
+    assert granted(first.claim(claim("gpu-2", who="first"))) == ("gpu-2",)

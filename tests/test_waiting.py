@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from gpupool_sync import GPUPool, waiting
 from gpupool_sync.errors import LeaseStoreError
+from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from gpupool_sync.waiting import Listener, Waiter, WaitingRoom
 from helpers import eventually
@@ -80,3 +82,141 @@ def test_who_waits_is_told_once_that_the_server_is_gone(monkeypatch, caplog):
                 fleet[0].restart()
                 held.release()
             waits.result(50).release()
+
+
+class Flaky(MemoryStore):
+    """A store whose arbiter does not hear the first few claims."""
+
+    def __init__(self, deaf: int) -> None:
+        super().__init__()
+        self.deaf = deaf
+        self.heard = 0
+
+    def claim(self, claim):
+        if self.deaf:
+            self.deaf -= 1
+            raise LeaseStoreError("the connection was cut")
+        self.heard += 1
+        return super().claim(claim)
+
+
+@pytest.mark.real
+def test_a_claim_that_did_not_arrive_is_made_again_soon(monkeypatch):
+    """Without a ticket it has no place in the queue: a second later somebody younger would be served first."""
+    monkeypatch.setattr(waiting, "RECHECK", 300.0)
+    store = Flaky(4)
+    with FakeFleet([1]) as fleet, GPUPool(fleet.urls, lease_store=store) as pool, pool.gpu(timeout=60):
+        assert store.heard == 1
+
+
+def test_claims_that_do_not_arrive_come_ever_more_slowly():
+    """An arbiter that is down is not asked ten times a second by everybody who waits."""
+    room = WaitingRoom(None)
+    pauses = [room.recheck(failures) for failures in range(8)]
+    assert pauses[0] == waiting.RECHECK
+    assert pauses[1] == waiting.RETRY
+    assert pauses[1:] == sorted(pauses[1:])
+    assert pauses[-1] == waiting.RECHECK
+
+
+def test_hints_that_may_be_lost_make_the_oldest_look_again(monkeypatch):
+    """What was under way when the connection broke is not told again."""
+    monkeypatch.setattr(waiting, "RECHECK", 0.001)
+    store, room = Deaf(), WaitingRoom(None)
+    waiters = [Waiter(str(number)) for number in range(waiting.LOOK_AGAIN + 1)]
+    for waiter in waiters:
+        room.join(waiter)
+    listener = Listener(store)
+    try:
+        listener.listen_for(room)
+        assert all(waiter.wait(20.0) for waiter in waiters[:-1])
+        assert not waiters[-1].wait(0.0)
+    finally:
+        for waiter in waiters:
+            room.leave(waiter)
+        eventually(lambda: listener._thread is None, 20)
+
+
+class Ears:
+    """A store that anybody can listen to: it passes a hint to `waiter` when `hint` is called."""
+
+    description = "ears"
+
+    def __init__(self) -> None:
+        self.listeners: list[str] = []
+        self.listening = threading.Semaphore(0)
+        self._come = threading.Semaphore(0)
+        self.waiter: Waiter | None = None
+
+    def is_listening(self):
+        return True
+
+    def end_listening(self):
+        self._come.release()
+
+    def hint(self, waiter):
+        self.waiter = waiter
+        self._come.release()
+
+    def listen(self, timeout):
+        self.listeners.append(threading.current_thread().name)
+        self.listening.release()
+        self._come.acquire(timeout=timeout)
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            waiter.wake()
+
+
+def test_who_waits_alone_listens_without_a_thread():
+    """The way by another thread would cost as much as all the rest of a grant."""
+    store, room, waiter = Ears(), WaitingRoom(None), Waiter("one")
+    listener = Listener(store)
+    room.join(waiter)
+    with ThreadPoolExecutor(1) as threads:
+        woken = threads.submit(listener.wait, waiter, room, 50.0)
+        assert store.listening.acquire(timeout=20)
+        store.hint(waiter)
+        assert woken.result(20) is True
+        assert len(set(store.listeners)) == 1
+    assert listener._thread is None
+
+
+def test_who_listens_alone_is_woken_by_others_too():
+    """Such as a pool that closes: that is no hint of the arbiter."""
+    store, room, waiter = Ears(), WaitingRoom(None), Waiter("one")
+    listener = Listener(store)
+    room.join(waiter)
+    with ThreadPoolExecutor(1) as threads:
+        woken = threads.submit(listener.wait, waiter, room, 50.0)
+        assert store.listening.acquire(timeout=20)
+        room.wake_all()
+        assert woken.result(20) is True
+
+
+def test_who_listens_alone_comes_back_in_time():
+    """It has a deadline, and looks again by itself now and then."""
+    store, room, waiter = Ears(), WaitingRoom(None), Waiter("one")
+    room.join(waiter)
+    assert Listener(store).wait(waiter, room, 0.01) is False
+
+
+def test_a_second_waiter_brings_the_thread():
+    """Who listens by itself may be served at any time, and then does not hear for others any more."""
+    store, room = Ears(), WaitingRoom(None)
+    first, second = Waiter("first"), Waiter("second")
+    listener = Listener(store)
+    room.join(first)
+    with ThreadPoolExecutor(2) as threads:
+        alone = threads.submit(listener.wait, first, room, 50.0)
+        assert store.listening.acquire(timeout=20)
+        room.join(second)
+        with_thread = threads.submit(listener.wait, second, room, 50.0)
+        assert store.listening.acquire(timeout=20)
+        assert store.listeners[-1] == "gpupool-listener"
+        first.wake()
+        assert alone.result(20) is True
+        room.leave(first)
+        store.hint(second)
+        assert with_thread.result(20) is True
+        room.leave(second)
+        eventually(lambda: listener._thread is None or store.end_listening(), 20)

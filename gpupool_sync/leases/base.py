@@ -226,7 +226,8 @@ class LeaseStore(Protocol):
         """
         Wait up to *timeout* seconds for hints and pass them on.
 
-        Called by one thread per arbiter and process, and only if `needs_listener`.
+        Called by one thread per arbiter and process, and only if `needs_listener`; where a store has `is_listening` and
+        `end_listening` too, also by a waiter itself (`waiting.OwnEars`).
         """
 
     def subscribe(self, hint: Hint) -> Callable[[], None]:

@@ -26,6 +26,7 @@ import socket
 import stat
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -71,6 +72,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 RECORD_BYTES = 1024
 #: Bytes after the record where anybody can say that its lease is revoked: what the holder writes does not undo it.
 MARK_BYTES = 512
+#: Bytes that it takes to note for whom a card is, at most.
+PROMISE_BYTES = 160
 #: Seconds that what a record said is believed when only ranking depends on it.
 RECORD_TIME = 0.25
 #: Seconds to wait for the guard of a shared card; it is held for microseconds, but its holder may be stopped.
@@ -79,6 +82,8 @@ GUARD_TIME = 0.2
 MAX_REMOTE = 600.0
 #: Bytes of a ticket that are read at first, and up to which what its body says is remembered.
 SHORT_BODY = 4096
+#: Bytes of a ticket's body that surely have the name of its socket, which comes first.
+SOCKET_BYTES = 64
 #: Bytes of a ticket that are read at most.
 LONGEST_BODY = 1 << 22
 #: Bytes of a hint: the ticket's name, the instant, and the card that it is about, if it fits.
@@ -98,7 +103,10 @@ CROWDED_TIME = 0.1
 _QUEUE = "queue"
 _PLACE_OFFSET = 1e9  # seconds
 _HELD = b'"released_at":null'  # in the record of a lease that was not given back
+# In the record of one that was: the ticket that is next, and when it was told. Quotes inside of strings are escaped.
+_PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",([0-9.]+)\]')
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
+_SOCKET = re.compile(rb"(sock-[0-9a-f]{16})\n")
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 # O_NONBLOCK: should somebody put a fifo there, opening it to read must not wait for a writer.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -254,12 +262,16 @@ class _Directory:
         """A file that every user may lock and write, made if need be; and whether it was made now."""
         for _ in range(20):
             # Without O_CREAT where it exists: fs.protected_regular refuses O_CREAT on other users' files.
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    return _regular(_opened(name, _OPEN, dir_fd=dir_fd), name), False
-                except PermissionError:
-                    time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
-                    continue
+            try:
+                file = _opened(name, _OPEN, dir_fd=dir_fd)
+                if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+                    raise LeaseStoreError(f"{name} in the lock directory is not a regular file; somebody put it there")
+                return file, False
+            except FileNotFoundError:
+                pass
+            except PermissionError:
+                time.sleep(0.001)  # made this instant by another user, whose fchmod is still to come
+                continue
             with contextlib.suppress(FileExistsError):
                 return self.make_shared_file(name, dir_fd), True
         raise LeaseStoreError(f"{self.path}/{name} cannot be opened by this user; the directory must be shared by all")
@@ -292,18 +304,23 @@ class _Directory:
         """Whether the name still leads to the open file: the lock on a deleted file is nobody's lock."""
         return self._is_at(_identity(os.fstat(file.fd)), name, dir_fd)
 
+    def is_whole_file(self, file: _Descriptor, name: str) -> bool | None:
+        """`is_current` for a card's file, with whether there is a record in it; None: it is not current."""
+        found = os.fstat(file.fd)
+        return found.st_size >= RECORD_BYTES if self._is_at(_identity(found), name, self.fd) else None
+
 
 class _Readers:
     """
     Files of one directory that stay open to be read: most of a look is opening and closing the same few.
 
-    Never locked through these descriptors.  A file that was deleted since is opened anew by its name.
+    Never locked through these descriptors.  A file that was deleted is opened anew by its name within `RECORD_TIME`.
     """
 
     def __init__(self) -> None:
-        # By name. Single operations only, which are atomic; whoever reads holds the descriptor, which is closed with
-        # its last reference.
-        self._files: dict[str, _Descriptor] = {}
+        # By name: the file, and until when (`time.monotonic`) it is believed to be there. Single operations only, which
+        # are atomic; whoever reads holds the descriptor, which is closed with its last reference.
+        self._files: dict[str, tuple[_Descriptor, float]] = {}
 
     def read(self, name: str, size: int, dir_fd: int) -> bytes:
         """
@@ -312,16 +329,19 @@ class _Readers:
         Raises:
             OSError: there is no such file, or it cannot be read.
         """
-        file = self._files.get(name)
-        if file is not None:
-            fd = file.fd
-            if os.fstat(fd).st_nlink:
-                return os.pread(fd, size, 0)
+        known = self._files.get(name)
+        if known is not None:
+            file, until = known
+            if time.monotonic() < until:
+                return os.pread(file.fd, size, 0)
+            if os.fstat(file.fd).st_nlink:
+                self._files[name] = file, time.monotonic() + RECORD_TIME
+                return os.pread(file.fd, size, 0)
             self.forget(name)
         file = _opened(name, _READ, dir_fd=dir_fd)
         data = os.pread(file.fd, size, 0)
         if len(self._files) < MOST_OPEN:
-            self._files[name] = file
+            self._files[name] = file, time.monotonic() + RECORD_TIME
         return data
 
     def forget(self, name: str) -> None:
@@ -336,12 +356,6 @@ class _Readers:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
-
-
-def _regular(file: _Descriptor, name: str) -> _Descriptor:
-    if not stat.S_ISREG(os.fstat(file.fd).st_mode):
-        raise LeaseStoreError(f"{name} in the lock directory is not a regular file; somebody put it there")
-    return file
 
 
 def _file_system(fd: int) -> str | None:
@@ -380,7 +394,7 @@ def _take(file: _Descriptor, how: int) -> bool:
 class _Held:
     """A lease of this process with the descriptors that are its locks."""
 
-    __slots__ = ("files", "guard", "lease", "names", "written")
+    __slots__ = ("files", "guard", "lease", "names", "promised", "written")
 
     def __init__(self, lease: Lease, files: list[_Descriptor], names: list[str]) -> None:
         # Guards the descriptors of `files`: two threads that release one lease must not both use them. One of them
@@ -391,6 +405,8 @@ class _Held:
         self.names = names
         #: What stands in each file, if the lease's record as it was granted.
         self.written: list[bytes] = []
+        #: Whether the card was kept for this ticket, so that its taking changes nothing for others.
+        self.promised = False
 
 
 class _Ticket:
@@ -404,6 +420,26 @@ class _Ticket:
         self.first_place = self.place = place
         self.file = file
         self.body = b""
+
+
+class _Glance:
+    """What one operation has seen of cards, by their records."""
+
+    __slots__ = ("_names", "free", "own", "promised")
+
+    def __init__(self, names: Sequence[str] = (), own: str = "") -> None:
+        self._names = names  # of the tickets, sorted
+        #: The ticket of whoever looks.
+        self.own = own
+        #: Card key -> whether it would do.
+        self.free: dict[str, bool] = {}
+        #: Card key -> the ticket of somebody else that it is promised to.
+        self.promised: dict[str, str] = {}
+
+    def has(self, ticket: str) -> bool:
+        """Whether there is such a ticket."""
+        at = bisect_left(self._names, ticket)
+        return at < len(self._names) and self._names[at] == ticket
 
 
 #: Descriptors that a forked child inherited: they stay open, so that a card stays taken while a child may compute.
@@ -452,7 +488,7 @@ class HostStore:
         self._records: dict[str, tuple[float, dict[str, Any] | None, bytes]] = {}  # card key -> read at, record, raw
         self._card_files = _Readers()
         self._ticket_files = _Readers()
-        self._told: dict[str, tuple[bytes, Claim]] = {}  # ticket name -> body, and what it says
+        self._told: dict[str, _Told] = {}  # ticket name -> what it says
         self._offers: dict[str, tuple[str, float]] = {}  # claim id -> card that it was told of, and when
         self._saw_waiting = float("-inf")  # when tickets were seen
         # When it was read (`time.time_ns`), the directory's last change at that time, and the names of tickets.
@@ -461,7 +497,11 @@ class HostStore:
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
         self._socket_name = ""
-        self._has_socket = threading.Event()
+        self._sender: socket.socket | None = None  # of hints; whoever sends looks here each time
+        # Released when there is a socket, for whoever listens before that. No `Event`: whoever leaves a ticket sets it,
+        # and Ctrl-C there could leave the lock of its `Condition` taken.
+        self._made_socket = threading.Lock()
+        self._made_socket.acquire()
 
     # -- claiming ----------------------------------------------------------------------------------------------
 
@@ -518,7 +558,8 @@ class HostStore:
         self._enter(claim, granted)
         if claim.id in self._tickets:
             self._drop_ticket(claim.id)
-        self._pass_on(taken_by=claim)
+        if not granted.promised:
+            self._pass_on(taken_by=claim, its_ticket="" if ticket is None else ticket.name)
         self._pass_on_opened(opened)
         return Granted(granted.lease)
 
@@ -538,7 +579,6 @@ class HostStore:
             self._former.append(former)
             self._directory = fresh
             sock, self._socket = self._socket, None
-            self._has_socket.clear()
             # Whoever waits claims again within a second, and then leaves its ticket here. The files of the former ones
             # are not closed: a thread may be writing to one.
             self._tickets = {}
@@ -591,21 +631,22 @@ class HostStore:
                     return granted
             return None
         now = self._clock()
-        looked: dict[str, bool] = {}
-        fits = partial(self._fits_by_record, looked, claim.emptied)
+        own = self._tickets.get(claim.id)
+        glance = _Glance(names, "" if own is None else own.name)
+        fits = partial(self._fits_by_record, glance, claim.emptied)
         while True:
             mine = {wanted.key for group in claim.groups for wanted in group if fits(wanted, claim.share, ())}
             picked: Sequence[str] | None = None
             # The tickets are read when there is something to share out; where all cards are held, claims end before.
             if len(mine) >= claim.count:
-                queue = self._load_queue(claim, names, contested=mine if claim.share is None else None)
+                queue = self._load_queue(claim, names, glance, contested=mine if claim.share is None else None)
                 picked, hinted = queue.choose(claim, now, fits)
                 dead = self._tell(queue, hinted, now)
                 if dead:
                     names = [name for name in names if name not in dead]
                     continue
             if picked is None:
-                if claim.count > 1 and self._find_ended(claim, looked):
+                if claim.count > 1 and self._find_ended(claim, glance.free):
                     continue
                 if claim.share is not None and self._find_ended_shares(claim, fits):
                     continue
@@ -616,8 +657,8 @@ class HostStore:
                 return granted
             # The records were behind. Each round rules one card out, so this ends.
             for wanted in cards:
-                looked[wanted.key] = False
-        return self._take_over(claim, names, looked, now)
+                glance.free[wanted.key] = False
+        return self._take_over(claim, names, glance, now)
 
     def _find_ended(self, claim: Claim, looked: dict[str, bool]) -> bool:
         """
@@ -659,19 +700,20 @@ class HostStore:
                     guard.unlock()
         return found
 
-    def _take_over(self, claim: Claim, names: Sequence[str], looked: Mapping[str, bool], now: float) -> _Held | None:
+    def _take_over(self, claim: Claim, names: Sequence[str], glance: _Glance, now: float) -> _Held | None:
         """Cards whose record says held though the kernel says free: their holder died without a word."""
         for group in claim.groups:
             left = [
                 wanted
                 for wanted in group
-                if not looked.get(wanted.key, False) and self._may_have_ended(wanted.key, claim, now)
+                if not (glance.free.get(wanted.key, False) or wanted.key in glance.promised)
+                and self._may_have_ended(wanted.key, claim, now)
             ]
             granted = self._lock_some(claim, left, group)
             if granted is None:
                 continue
             ours = frozenset(granted.lease.cards)
-            queue = self._load_queue(claim, names)
+            queue = self._load_queue(claim, names, glance)
             picked, hinted = queue.choose(claim, now, partial(_among, ours))
             if picked is not None:
                 return granted
@@ -755,6 +797,10 @@ class HostStore:
             granted_at=now,
         )
         held = _Held(lease, files, names)
+        ticket = self._tickets.get(claim.id)
+        if ticket is not None and len(records) == 1 and records[0] is not None:
+            kept_for = records[0].get("for")
+            held.promised = isinstance(kept_for, list) and ticket.name in kept_for
         for file, name in zip(files, names, strict=True):
             held.written.append(self._write(file, self._record_of(lease, name, released_at=None)))
         return held
@@ -779,8 +825,9 @@ class HostStore:
                 file.close()
                 return None
             try:
-                if self._directory.is_current(file, name, self._directory.fd):
-                    if os.fstat(file.fd).st_size < RECORD_BYTES:
+                whole = self._directory.is_whole_file(file, name)
+                if whole is not None:
+                    if not whole:
                         os.pwrite(file.fd, b" " * RECORD_BYTES, 0)  # there is room for the record, or we know now
                     return [(file, name)]
             except BaseException:
@@ -918,9 +965,11 @@ class HostStore:
 
     def _pass_on_opened(self, opened: Sequence[str]) -> None:
         """`_pass_on` of cards that a claim has opened, as far as it did not take them."""
-        left = [key for key in opened if self._free_by_record(key, {}, shared=False)]
-        if left:
-            self._pass_on(left)
+        if opened:
+            glance = _Glance(self._ticket_names())
+            left = [key for key in opened if self._free_by_record(glance, key, {}, shared=False)]
+            if left:
+                self._pass_on(left)
 
     def _closed_at(self, record: Mapping[str, Any] | None) -> float | None:
         if record is None or record.get("share") is not None or record.get("boot") != self._boot:
@@ -983,17 +1032,16 @@ class HostStore:
         os.pwrite(file.fd, _padded(data), 0)
         return data
 
-    def _record(self, key: str, *, fresh: bool) -> dict[str, Any] | None:
-        """What the card's file says; None if it has none, or none of this boot."""
+    def _record(self, key: str, *, fresh: bool, raw: bytes | None = None) -> dict[str, Any] | None:
+        """What the card's file says, which is *raw* if it was read just now; None if nothing, or none of this boot."""
         now = self._clock()
         known = self._records.get(key)
         if known is not None and not fresh and now - known[0] < RECORD_TIME:
             return known[1]
         if not fresh and key not in self._mine and _file_name(key) not in self._files(now):
             return None  # nobody ever held it: true of most cards of a large fleet, and cheaper than to ask for each
-        raw = b""
-        with contextlib.suppress(OSError):
-            raw = self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
+        if raw is None:
+            raw = self._raw_record(key)
         if known is not None and raw == known[2]:
             record = known[1]
         else:
@@ -1003,29 +1051,33 @@ class HostStore:
         self._records[key] = (now, record, raw)
         return record
 
-    def _says_held(self, key: str) -> bool:
+    def _raw_record(self, key: str) -> bytes:
+        try:
+            return self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
+        except OSError:
+            return b""
+
+    def _says_held(self, raw: bytes) -> bool:
         """
-        Whether the card's file plainly says that somebody holds it; False leaves that to who reads all of it.
+        Whether the record plainly says that somebody holds the card; False leaves that to who reads all of it.
 
         Mostly it does, and at once: nothing else in a record looks like this, as quotes inside of strings are escaped.
         """
-        with contextlib.suppress(OSError):
-            raw = self._card_files.read(_file_name(key), RECORD_BYTES, self._directory.fd)
-            return _HELD in raw and self._boot_mark in raw
-        return False
+        return _HELD in raw and self._boot_mark in raw
 
     def _fits_by_record(
         self,
-        looked: dict[str, bool],
+        glance: _Glance,
         emptied: Mapping[str, float],
         wanted: Wanted,
         share: Share | None,
         pending: Sequence[Share | None],
     ) -> bool:
-        """Whether the card would do, as far as files say without a lock; *looked* remembers for one operation."""
-        free = looked.get(wanted.key)
+        """Whether the card would do, as far as files say without a lock."""
+        free = glance.free.get(wanted.key)
         if free is None:
-            free = looked[wanted.key] = self._free_by_record(wanted.key, emptied, shared=share is not None)
+            free = self._free_by_record(glance, wanted.key, emptied, shared=share is not None)
+            glance.free[wanted.key] = free
         if not free or share is None:
             return free and not pending
         if None in pending:
@@ -1051,13 +1103,29 @@ class HostStore:
             self._listing = now, names
         return names
 
-    def _free_by_record(self, key: str, emptied: Mapping[str, float], *, shared: bool) -> bool:
-        if not shared and self._says_held(key):
+    def _free_by_record(self, glance: _Glance, key: str, emptied: Mapping[str, float], *, shared: bool) -> bool:
+        raw = self._raw_record(key)
+        if (not shared and self._says_held(raw)) or self._is_promised(glance, key, raw):
             return False
-        record = self._record(key, fresh=True)
+        record = self._record(key, fresh=True, raw=raw)
         if record is None or record.get("released_at") is not None:
             return key not in self._mine and not self._is_closed(key, record, emptied)
         return shared and record.get("share") is not None
+
+    def _is_promised(self, glance: _Glance, key: str, raw: bytes) -> bool:
+        """
+        Whether the card's last holder has told somebody else's ticket of it, who is about to take it.
+
+        Without a look at the queue, which would find the same.
+        """
+        found = _PROMISED.search(raw)
+        if found is None or self._boot_mark not in raw:
+            return False
+        ticket = found[1].decode()
+        if ticket == glance.own or not glance.has(ticket) or not 0.0 <= self._clock() - float(found[2]) < ANSWER_TIME:
+            return False
+        glance.promised[key] = ticket
+        return True
 
     # -- giving back -------------------------------------------------------------------------------------------
 
@@ -1083,8 +1151,11 @@ class HostStore:
                 held = self._held.get(lease_id)
             if held is not None:
                 # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
-                self._free(held, given_back=given_back)
-                freed += held.lease.cards
+                now = self._clock()
+                ticket = self._next_for(held, now) if given_back else None
+                promised = self._free(held, given_back=given_back, promise=ticket)
+                if ticket is None or not promised or not self._tell_one(ticket, held.lease.cards[0], now):
+                    freed += held.lease.cards
                 shared = shared or held.lease.share is not None
                 with self._lock:
                     self._held.pop(lease_id, None)
@@ -1100,7 +1171,31 @@ class HostStore:
 
     withdraw = release
 
-    def _free(self, held: _Held, *, given_back: bool = True) -> None:
+    def _next_for(self, held: _Held, now: float) -> str | None:
+        """
+        The ticket whose turn it is for the card of *held*, a lease that is about to be given back.
+
+        Before that, so that the record can say whom the card is for: whoever else looks at it need not read the queue.
+        None where that is not plain, or nobody waits yet: then who comes in between is seen afterwards.
+        """
+        if held.lease.share is not None or len(held.lease.cards) > 1:
+            return None
+        for name in self._ticket_names():
+            loaded = self._load_ticket(name)
+            if loaded is None:
+                continue
+            claim, hinted_at, _, _ = loaded
+            if not _is_plain(claim) or (hinted_at is not None and now - hinted_at >= ANSWER_TIME):
+                return None
+            if hinted_at is None and any(
+                wanted.key == held.lease.cards[0] for group in claim.groups for wanted in group
+            ):
+                return name
+        return None
+
+    def _free(self, held: _Held, *, given_back: bool = True, promise: str | None = None) -> bool:
+        """Let go of the cards; whether the record says that the card is for the ticket *promise*."""
+        promised = False
         now = self._clock()
         # Who lets go because the lease was revoked, or is void, may have left something on the card.
         missing = self._missing(held) is not None
@@ -1113,8 +1208,11 @@ class HostStore:
                 with contextlib.suppress(OSError, MemoryError):
                     if given_back and held.written and held.lease.share is None:
                         # The same but for this; quotes inside of strings are escaped, so nothing else looks like it.
-                        released = held.written[index].replace(_HELD, f'"released_at":{now!r}'.encode(), 1)
-                        os.pwrite(file.fd, _padded(released), 0)
+                        ended = f'"released_at":{now!r}'
+                        if promise is not None and len(held.written[index]) < RECORD_BYTES - PROMISE_BYTES:
+                            ended += f',"for":["{promise}",{now:.6f}]'
+                            promised = True
+                        os.pwrite(file.fd, _padded(held.written[index].replace(_HELD, ended.encode(), 1)), 0)
                     elif held.lease.share is None:
                         record = self._record_of(held.lease, name, released_at=now)
                         if not given_back:
@@ -1135,6 +1233,7 @@ class HostStore:
             if not given_back and held.lease.share is None:
                 self._closed[key] = now  # for `_pass_on` too
             self._records.pop(key, None)
+        return promised
 
     def _close_anew(self, key: str, lease: Lease, now: float) -> None:
         """Close the card in a new file, as nobody reads the deleted one; unless somebody has held it meanwhile."""
@@ -1337,17 +1436,7 @@ class HostStore:
                 ticket.place = place
                 self._rename_ticket(ticket, _ticket_name(place, ticket.name.split("-", 2)[2]))
         ticket.claim = claim
-        body = _encode(
-            {
-                "holder": _holder_dict(claim.holder),
-                "socket": self._socket_name,
-                "count": claim.count,
-                "reserve": claim.reserve,
-                "share": None if claim.share is None else [claim.share.memory_mb, claim.share.places],
-                "note": None if claim.note is None else claim.note[:200],
-                "groups": [[[wanted.key, wanted.room_mb] for wanted in group] for group in claim.groups],
-            }
-        ).encode()
+        body = _body_of(claim, self._socket_name)
         # Speaking clears the hint.
         stamps = _stamps(None, now)
         if not ticket.body:
@@ -1378,11 +1467,12 @@ class HostStore:
         if changed_at != known_change or known_at - changed_at < SETTLED:
             # Timed before the listing, so that whatever comes after it bears another time.
             known_at = time.time_ns()
-            names = [name for name in self._directory.names(self._directory.queue_fd) if name.startswith("ticket-")]
+            found = self._directory.names(self._directory.queue_fd)
+            found.sort()
+            names = found[bisect_left(found, "ticket-") : bisect_left(found, "ticket.")]  # all that begin like this
             self._queue_listing = known_at, changed_at, names
         if names:
             self._saw_waiting = self._clock()
-            names = sorted(names)
         if len(self._told) > len(names) + (MOST_STALE if names else 0):
             there = frozenset(names)
             self._ticket_files.keep_only(there)
@@ -1402,28 +1492,32 @@ class HostStore:
         self._tickets.pop(claim_id, None)
 
     def _load_queue(
-        self, claim: Claim | None, names: Sequence[str], contested: Collection[str] | None = None
+        self,
+        claim: Claim | None,
+        names: Sequence[str],
+        glance: _Glance | None = None,
+        contested: Collection[str] | None = None,
     ) -> TicketQueue:
         """
-        The tickets of *names*, of whatever processes, as a queue.
+        The tickets of *names*, of whatever processes, as a queue; less those to which *glance* found a card promised.
 
         With *claim*, up to its own ticket, which has its id there: those behind it have no say in what it may take.
         With *contested*, the cards that are free of those that a claim for whole cards wants, only as far as there is
         something left of them: mostly the first ticket takes the only one.
         """
         queue = TicketQueue()
+        served = () if glance is None else glance.promised.values()
         own = None if claim is None else self._tickets.get(claim.id)
         left = None if contested is None else len(contested)
         now = self._clock()
         for name in names:
             if left == 0 or (own is not None and name > own.name):
                 break
-            loaded = self._load_ticket(name)
+            loaded = None if name in served else self._load_ticket(name)
             if loaded is None:
                 continue
             read, hinted_at, spoke_at, place = loaded
-            mine = self._ticket_ids.get(name)
-            if claim is not None and mine == claim.id:
+            if claim is not None and self._ticket_ids.get(name) == claim.id:
                 queue.load(claim, place, None, spoke_at)
             else:
                 ticket = queue.load(read, place, hinted_at, spoke_at)
@@ -1436,23 +1530,13 @@ class HostStore:
             data = self._ticket_files.read(name, SHORT_BODY, self._directory.queue_fd)
             if len(data) == SHORT_BODY:
                 data = self._ticket_files.read(name, LONGEST_BODY, self._directory.queue_fd)
-            hinted, spoke = data[:_STAMPS].split()
-            place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
             body = data[_STAMPS:]
-            known = self._told.get(name)
-            if known is None or known[0] != body:
-                told = _parse_ticket(body)
-                claim = Claim(
-                    id=name,
-                    holder=told.holder,
-                    groups=told.groups,
-                    count=told.number,
-                    share=told.share,
-                    reserve=told.reserve,
-                    note=told.note,
-                )
-                self._told[name] = known = body, claim
-            return known[1], None if hinted == b"-" else float(hinted), float(spoke), place
+            told = self._told.get(name)
+            if told is None or told.body != body:
+                place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
+                self._told[name] = told = _Told(body, _claim_of(name, body), place)
+            hinted, spoke = data[:_STAMPS].split()
+            return told.claim, None if hinted == b"-" else float(hinted), float(spoke), told.place
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             return None  # gone, half written, or not ours: no reason to keep anybody from a card
 
@@ -1471,15 +1555,13 @@ class HostStore:
 
         *noted*: at the ticket, which is passed over if no answer comes.
         """
-        body: bytes | None = None
+        body = b""
         # Before the message: what the owner answers clears the mark, never the other way round.
         try:
             file = _opened(name, _OPEN, dir_fd=self._directory.queue_fd)
             if noted:
                 os.pwrite(file.fd, _hint_stamp(now), 0)
-            body = os.pread(file.fd, SHORT_BODY, _STAMPS)
-            if len(body) == SHORT_BODY:
-                body = os.pread(file.fd, LONGEST_BODY, _STAMPS)
+            body = os.pread(file.fd, SOCKET_BYTES, _STAMPS)
         except FileNotFoundError:
             return False  # it has left the queue meanwhile: now it is the next one's turn
         except OSError:  # says nothing about its owner, who looks again by itself
@@ -1490,11 +1572,9 @@ class HostStore:
                 self._offers[mine] = offered, now
             self._hints.tell([mine])
             return True
-        if body is None:
+        if not body:
             return True
-        sock = None
-        with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
-            sock = _parse_ticket(body).socket
+        sock = _socket_of(body)
         if sock is not None and self._send(sock, _message(name, offered, now)):
             return True
         for stale in (name, sock):
@@ -1507,9 +1587,9 @@ class HostStore:
         """Whether somebody listens for the ticket's hints; true if that cannot be told."""
         try:
             file = _opened(name, _READ, dir_fd=self._directory.queue_fd)
-            path = _parse_ticket(os.pread(file.fd, LONGEST_BODY, _STAMPS)).socket
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
-            return True  # it is just being written, or has left
+            path = _socket_of(os.pread(file.fd, SOCKET_BYTES, _STAMPS))
+        except OSError:
+            return True  # it has left
         if path is None:
             return True
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -1523,21 +1603,36 @@ class HostStore:
 
     def _send(self, sock: str, message: bytes) -> bool:
         """Whether there is still somebody behind the socket."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
+        while True:
+            sender = self._sender
+            if sender is None:
+                sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                sender.setblocking(False)
+                self._keep_sender(sender)
             try:
                 sender.sendto(message, self._directory.socket_path(sock))
             except (ConnectionRefusedError, FileNotFoundError):
                 return False
             except OSError:
+                if sender is not self._sender:
+                    continue  # closed meanwhile
                 return True  # full, because its process is stopped: it lives, and is passed over in a second
-        return True
+            return True
 
-    def _hand_on(self, cards: Collection[str], names: Sequence[str], *, fresh: bool) -> bool:
+    def _keep_sender(self, sender: socket.socket | None) -> None:
+        with self._lock:
+            former, self._sender = self._sender, sender
+        if former is not None:
+            former.close()
+
+    def _hand_on(
+        self, cards: Collection[str], names: Sequence[str], *, fresh: bool, served: Collection[str] = ()
+    ) -> bool:
         """
         `_pass_on`, for whole cards and a plain queue: to the first who want them and were not told of another one.
 
-        *fresh*: nobody can have been told of *cards* yet; else who was told a moment ago is about to take one of them.
+        *fresh*: nobody can have been told of *cards* yet; else who was told a moment ago is about to take one of them,
+        unless its ticket is one of *served*.
 
         False: the queue is not that plain, and has to be read as a whole.
         """
@@ -1554,7 +1649,7 @@ class HostStore:
                 return False
             if hinted_at is not None and now - hinted_at >= ANSWER_TIME:
                 return False  # what it was told of may still be free
-            if hinted_at is not None and fresh:
+            if hinted_at is not None and (fresh or name in served):
                 continue  # it is about to take another one
             wanted = {wanted.key for group in claim.groups for wanted in group}
             first = next((key for key in left if key in wanted), None)
@@ -1582,12 +1677,29 @@ class HostStore:
             if not left.isdisjoint(wanted) and self._tell_one(name, None, now, noted=False):
                 left -= wanted
 
-    def _pass_on(self, freed: Collection[str] = (), *, plainly: bool = False, taken_by: Claim | None = None) -> None:
+    def _pass_on(
+        self,
+        freed: Collection[str] = (),
+        *,
+        plainly: bool = False,
+        taken_by: Claim | None = None,
+        its_ticket: str = "",
+    ) -> None:
         """
         Tell whoever is next for what is free now; after the grant to *taken_by* (a whole card), if any is left.
 
         *plainly*: nothing but *freed*, which are whole cards, can have become free.
         """
+        # A ticket stands in nobody's way but at the cards that it wants. Mostly none of them is left, and a look at
+        # these costs less than one at the queue.
+        if taken_by is not None and taken_by.share is not None:
+            taken_by = None
+        if (
+            taken_by is not None
+            and self.crowded()
+            and not self._left_of(taken_by, _Glance(self._queue_listing[2], its_ticket))
+        ):
+            return
         names = self._ticket_names()
         if not names:
             return
@@ -1595,12 +1707,10 @@ class HostStore:
         if shut:
             self._ask_to_look(shut, names)
             freed = [key for key in freed if key not in shut]
-        # Its ticket stood in nobody's way but at the cards that it wanted. Mostly none of them is left, and a look at
-        # these costs less than reading the tickets.
-        if taken_by is not None and taken_by.share is None:
-            wished = (wanted.key for group in taken_by.groups for wanted in group)
-            left = [key for key in wished if self._free_by_record(key, {}, shared=False)]
-            if not left or self._hand_on(left, names, fresh=False):
+        glance = _Glance(names)
+        if taken_by is not None:
+            left = self._left_of(taken_by, glance)
+            if not left or self._hand_on(left, names, fresh=False, served=glance.promised.values()):
                 return
         if plainly and self._hand_on(freed, names, fresh=True):
             return
@@ -1614,11 +1724,14 @@ class HostStore:
         keys |= {
             key
             for key in wanted - keys
-            if (files is None or _file_name(key) in files) and self._free_by_record(key, {}, shared=False)
+            if (files is None or _file_name(key) in files) and self._free_by_record(glance, key, {}, shared=False)
         }
         if not keys:
             return
-        fits = partial(self._fits_by_record, dict.fromkeys(keys, True), {})
+        for name in glance.promised.values():
+            queue.remove(name)  # about to take another one
+        glance.free = dict.fromkeys(keys, True)
+        fits = partial(self._fits_by_record, glance, {})
         now = self._clock()
         while True:
             dead = self._tell(queue, queue.hints(keys, now, fits), now)
@@ -1627,35 +1740,50 @@ class HostStore:
             for name in dead:
                 queue.remove(name)
 
+    def _left_of(self, claim: Claim, glance: _Glance) -> list[str]:
+        wished = (wanted.key for group in claim.groups for wanted in group)
+        return [key for key in wished if self._free_by_record(glance, key, {}, shared=False)]
+
     def _need_socket(self) -> None:
-        if self._has_socket.is_set():
+        if self.is_listening():
             return
         with self._lock:
-            if self._has_socket.is_set():
+            if self.is_listening():
                 return
             name = f"sock-{os.urandom(8).hex()}"
             # Known before it accepts: a child forked in between must find it, or it would keep our tickets alive.
             self._socket_name = name
-            self._socket = sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 sock.setblocking(False)
                 sock.bind(self._directory.socket_path(name))
                 os.chmod(name, 0o666, dir_fd=self._directory.queue_fd)  # noqa: S103 - other users must be able to hint
+                self._socket = sock
             except BaseException:
                 self._socket = None
                 sock.close()
                 raise
-            self._has_socket.set()
+        with contextlib.suppress(RuntimeError):  # nobody has waited since the last one
+            self._made_socket.release()
 
     # -- hints -------------------------------------------------------------------------------------------------
 
     def subscribe(self, hint: Hint) -> Callable[[], None]:
         return self._hints.add(hint, on_last=self.close)  # comes back by itself when somebody waits again
 
+    def is_listening(self) -> bool:
+        """Whether hints can come to `listen`: since somebody left a ticket."""
+        return self._socket is not None
+
+    def end_listening(self) -> None:
+        """Make whoever is in `listen` look up: a message to ourselves."""
+        if self.is_listening():
+            self._send(self._socket_name, b" ")
+
     def listen(self, timeout: float) -> None:
         end = time.monotonic() + timeout
-        if not self._has_socket.wait(timeout):
-            return
+        if self._socket is None:
+            self._made_socket.acquire(timeout=timeout)
         sock = self._socket
         if sock is None:
             return
@@ -1802,8 +1930,9 @@ class HostStore:
         # Tickets count as alive while their socket accepts; ours would keep the parent's alive after its death.
         for ticket in self._tickets.values():
             ticket.file.close()
-        if self._socket is not None:
-            self._socket.close()
+        for each in (self._socket, self._sender):
+            if each is not None:
+                each.close()
         self._fresh_state()
 
     def close(self) -> None:
@@ -1811,7 +1940,7 @@ class HostStore:
         with self._lock:
             sock = self._socket
             self._socket = None
-            self._has_socket.clear()
+        self._keep_sender(None)
         for claim_id in list(self._tickets):
             self._drop_ticket(claim_id)
         self._card_files, self._ticket_files = _Readers(), _Readers()
@@ -1867,35 +1996,69 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 class _Told(NamedTuple):
-    """What the body of a ticket says."""
+    """A ticket that was read."""
 
-    holder: Holder
-    groups: tuple[tuple[Wanted, ...], ...]
-    number: int
-    share: Share | None
-    reserve: bool
-    note: str | None
-    socket: str | None
+    body: bytes
+    claim: Claim
+    place: float
 
 
-def _parse_ticket(body: bytes) -> _Told:
-    # Whoever wants a card reads all tickets before its own, and a process writes the same body again and again.
-    return _parse_known(body) if len(body) < SHORT_BODY else _parse_known.__wrapped__(body)
+# A ticket's body is three lines: where its process listens, who it is, what it wants. Whoever wants a card reads all
+# tickets before its own; most of them are new, but want the same cards as the one before, of a process that is known.
+
+
+def _body_of(claim: Claim, sock: str) -> bytes:
+    who = _who_line(claim.holder, claim.note)
+    return f"{sock}\n{who}\n{_what_line(claim.groups, claim.count, claim.share, claim.reserve)}".encode()
+
+
+@lru_cache(maxsize=64)
+def _who_line(holder: Holder, note: str | None) -> str:
+    return _encode({**_holder_dict(holder), "note": None if note is None else note[:200]})
+
+
+@lru_cache(maxsize=64)
+def _what_line(groups: tuple[tuple[Wanted, ...], ...], count: int, share: Share | None, reserve: bool) -> str:
+    return _encode(
+        {
+            "count": count,
+            "reserve": reserve,
+            "share": None if share is None else [share.memory_mb, share.places],
+            "groups": [[[wanted.key, wanted.room_mb] for wanted in group] for group in groups],
+        }
+    )
+
+
+def _claim_of(name: str, body: bytes) -> Claim:
+    """The claim of a ticket, whose name stands for its id."""
+    _, who, what = body.split(b"\n")
+    holder, note = _parse_who(who)
+    groups, count, share, reserve = _parse_what(what) if len(what) < SHORT_BODY else _parse_what.__wrapped__(what)
+    return Claim(id=name, holder=holder, groups=groups, count=count, share=share, reserve=reserve, note=note)
 
 
 @lru_cache(maxsize=1024)
-def _parse_known(body: bytes) -> _Told:
-    told = json.loads(body)
-    share, sock = told["share"], told.get("socket")
-    return _Told(
-        holder=_holder_from(told["holder"]),
-        groups=tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"]),
-        number=int(told["count"]),
-        share=None if share is None else Share(memory_mb=share[0], places=share[1]),
-        reserve=bool(told["reserve"]),
-        note=told["note"],
-        socket=sock if isinstance(sock, str) and re.fullmatch(r"sock-[0-9a-f]{16}", sock) else None,
+def _parse_who(line: bytes) -> tuple[Holder, str | None]:
+    told = json.loads(line)
+    return _holder_from(told), told["note"]
+
+
+@lru_cache(maxsize=256)
+def _parse_what(line: bytes) -> tuple[tuple[tuple[Wanted, ...], ...], int, Share | None, bool]:
+    told = json.loads(line)
+    share = told["share"]
+    return (
+        tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"]),
+        int(told["count"]),
+        None if share is None else Share(memory_mb=share[0], places=share[1]),
+        bool(told["reserve"]),
     )
+
+
+def _socket_of(body: bytes) -> str | None:
+    """The name of the socket in a ticket's body; None if it has no proper one."""
+    found = _SOCKET.match(body)
+    return None if found is None else found.group(1).decode()
 
 
 def _ticket_name(place: float, ending: str) -> str:
