@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sys
 
@@ -327,6 +328,40 @@ def test_a_record_without_room_for_the_name_is_released_all_the_same(stores, mon
     second.listen(5.0)
     assert hints.take() == [mine.id]
     assert granted(second.claim(mine)) == ("gpu",)
+
+
+@pytest.mark.parametrize("note", [None, '"closed_at"', '"remote_until":1', '{"v":1,"boot":"x"', "ä\\\n"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_read_of_a_released_record_without_parsing_it_is_what_it_says(stores, note, waits):
+    """Most records that are read are of this kind."""
+    first, second = stores(2)
+    held = claim("gpu", who="first", note=note)
+    outcome = first.claim(held)
+    assert isinstance(outcome, Granted)
+    assert host._ended(first._raw_record("gpu")) is None
+    if waits:
+        wait(second, "gpu", who="second")
+    first.release([held.id])
+    raw = first._raw_record("gpu")
+    record, ended = json.loads(raw), host._ended(raw)
+    assert record["note"] == note
+    assert ended is not None
+    assert (ended["boot"], ended["token"], ended["released_at"]) == (
+        record["boot"],
+        outcome.lease.token,
+        record["released_at"],
+    )
+    assert ended["for"] == (record["for"][:1] if waits else None)
+
+
+def test_what_keeps_a_released_card_closed_is_never_left_out(stores):
+    """A lease that ended without being given back has its record read as a whole."""
+    (store,) = stores(1)
+    held = claim("gpu", who="first")
+    granted(store.claim(held))
+    store.expire([held.id])
+    assert host._ended(store._raw_record("gpu")) is None
+    assert json.loads(store._raw_record("gpu"))["closed_at"] is not None
 
 
 def test_a_promise_in_a_note_is_none(stores, clock):

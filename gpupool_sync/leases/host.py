@@ -103,6 +103,10 @@ CROWDED_TIME = 0.1
 _QUEUE = "queue"
 _PLACE_OFFSET = 1e9  # seconds
 _HELD = b'"released_at":null'  # in the record of a lease that was not given back
+_ENDED = re.compile(
+    rb'\{"v":1,"boot":"([^"\\]*)","token":(\d+),"released_at":([0-9.]+),(?:"for":\["(ticket-[0-9a-f-]+)",[0-9.]+\],)?'
+    rb'"share":null,"since":[0-9.]+,'
+)
 # In the record of one that was: the ticket that is next, and when it was told. Quotes inside of strings are escaped.
 _PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",([0-9.]+)\]')
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
@@ -469,7 +473,8 @@ class HostStore:
         self.private = why_private(self._directory.fd, self._path)
         self.scope = "host" if self.private is None else "container"
         self._boot = boot_id()
-        self._boot_mark = f'"boot":{json.dumps(self._boot)}'.encode()
+        self._boot_json = f'"boot":{json.dumps(self._boot)}'
+        self._boot_mark = self._boot_json.encode()
         self._user = _user_name()
         self._fresh_state()
 
@@ -556,10 +561,11 @@ class HostStore:
             self._pass_on_opened(opened)
             return Queued(self._position(claim.id, names)) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
-        if claim.id in self._tickets:
+        ticket = self._tickets.get(claim.id)
+        if ticket is not None:  # or it has stood in nobody's way
             self._drop_ticket(claim.id)
-        if not granted.promised:
-            self._pass_on(taken_by=claim, its_ticket="" if ticket is None else ticket.name)
+            if not granted.promised:
+                self._pass_on(taken_by=claim, its_ticket=ticket.name)
         self._pass_on_opened(opened)
         return Granted(granted.lease)
 
@@ -768,7 +774,8 @@ class HostStore:
                 continue  # a card that was held before has its record already
             if locked is None:
                 continue
-            record = _read(locked[0][0])
+            raw = os.pread(locked[0][0].fd, RECORD_BYTES, 0)
+            record = _ended(raw) or _parse(raw)
             if claim.share is None and (
                 self._spoken_for(record, locked[0][1], claim.id) or self._is_closed(wanted.key, record, claim.emptied)
             ):
@@ -802,7 +809,7 @@ class HostStore:
             kept_for = records[0].get("for")
             held.promised = isinstance(kept_for, list) and ticket.name in kept_for
         for file, name in zip(files, names, strict=True):
-            held.written.append(self._write(file, self._record_of(lease, name, released_at=None)))
+            held.written.append(self._write_held(file, lease, name))
         return held
 
     def _is_ours(self, key: str, share: Share | None) -> bool:
@@ -998,27 +1005,20 @@ class HostStore:
     # -- records -----------------------------------------------------------------------------------------------
 
     def _record_of(self, lease: Lease, name: str, released_at: float | None) -> dict[str, Any]:
-        holder = lease.holder
+        share = lease.share
+        # In this order, see `_ended`; `_write_held` writes the same.
         return {
             "v": 1,
             "boot": self._boot,
             "token": lease.token,
-            "holder": {
-                "id": holder.id,
-                "name": holder.name,
-                "user": holder.user,
-                "host": holder.host,
-                "pid": holder.pid,
-            },
-            "since": lease.granted_at,
             "released_at": released_at,
-            "note": None if lease.note is None else lease.note[:200],
+            "share": None if share is None else {"memory_mb": share.memory_mb, "places": share.places},
+            "since": lease.granted_at,
             "cards": len(lease.cards),
+            "note": None if lease.note is None else lease.note[:200],
             "key": next((key for key in lease.cards if _file_name(key) == name.partition(".share-")[0]), None),
+            "holder": _holder_dict(lease.holder),
             **({} if lease.id not in self._remote else self._remote_of(lease.id)),
-            "share": None
-            if lease.share is None
-            else {"memory_mb": lease.share.memory_mb, "places": lease.share.places},
         }
 
     def _remote_of(self, lease_id: str) -> dict[str, Any]:
@@ -1031,6 +1031,19 @@ class HostStore:
             data = _encode({**record, "note": None, "key": None, "holder": {}}).encode()
         os.pwrite(file.fd, _padded(data), 0)
         return data
+
+    def _write_held(self, file: _Descriptor, lease: Lease, name: str) -> bytes:
+        """The record of a lease that begins; returns what it wrote."""
+        if len(lease.cards) == 1 and lease.share is None and lease.note is None and lease.id not in self._remote:
+            data = (
+                f'{{"v":1,{self._boot_json},"token":{lease.token},"released_at":null,"share":null,'
+                f'"since":{lease.granted_at!r},"cards":1,"note":null,'
+                f'"key":{_key_json(lease.cards[0])},"holder":{_holder_json(lease.holder)}}}'
+            ).encode()
+            if len(data) < RECORD_BYTES:
+                os.pwrite(file.fd, _padded(data), 0)
+                return data
+        return self._write(file, self._record_of(lease, name, released_at=None))
 
     def _record(self, key: str, *, fresh: bool, raw: bytes | None = None) -> dict[str, Any] | None:
         """What the card's file says, which is *raw* if it was read just now; None if nothing, or none of this boot."""
@@ -1045,7 +1058,7 @@ class HostStore:
         if known is not None and raw == known[2]:
             record = known[1]
         else:
-            record = _parse(raw)
+            record = _ended(raw) or _parse(raw)
             if record is not None and record.get("boot") != self._boot:
                 record = None
         self._records[key] = (now, record, raw)
@@ -1993,6 +2006,25 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def _ended(raw: bytes) -> dict[str, Any] | None:
+    """What matters of the record of a whole card that was given back, which most are; None: it has to be parsed."""
+    found = _ENDED.match(raw)
+    # Quotes inside of strings are escaped, so these are names of fields.
+    if found is None or b'"closed_at":' in raw or b'"remote_until":' in raw:
+        return None
+    boot, token, released_at, kept_for = found.groups()
+    return {
+        "boot": boot.decode(),
+        "token": int(token),
+        "released_at": float(released_at),
+        "for": None if kept_for is None else [kept_for.decode()],
+    }
+
+
+_holder_json = lru_cache(maxsize=64)(lambda holder: _encode(_holder_dict(holder)))
+_key_json = lru_cache(maxsize=65536)(_encode)
 
 
 class _Told(NamedTuple):
