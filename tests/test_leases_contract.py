@@ -630,6 +630,19 @@ def test_a_place_never_gets_worse(store, clock):
     assert store.claim(attrs.evolve(first, waited=0.0)) == Queued(0)
 
 
+def test_a_re_ask_does_not_take_what_is_kept_for_a_longer_wait(store):
+    """Where it stands counts, and not what it says: also while the card is on its way to who is next."""
+    held, first = claim("a"), claim("a", who="first", queue=True, waited=MAX_FORWARD + 10.0)
+    store.claim(held)
+    store.claim(first)
+    store.release([held.id])
+    later = claim("a", who="later", queue=True)
+    store.claim(later)
+
+    assert store.claim(attrs.evolve(later, waited=1e9)) == Queued(1)  # ten seconds behind the first
+    granted(store.claim(first))
+
+
 def test_a_waiter_is_not_held_up_by_one_who_wants_other_cards(store):
     """Queues for different cards do not block one another."""
     store.claim(claim("a"))

@@ -1536,6 +1536,9 @@ class HostStore:
                 ticket = queue.load(read, place, hinted_at, spoke_at)
                 if left and _is_plain(read) and ticket.ready(now) and ticket.keys >= contested:  # type: ignore[operator]
                     left -= 1
+        if claim is not None and own is not None and claim.id not in queue:
+            # Those before it were enough. Without its own place the claim would stand where its `waited` puts it.
+            queue.load(claim, _place_of(own.name), None, now)
         return queue
 
     def _load_ticket(self, name: str) -> tuple[Claim, float | None, float, float] | None:
@@ -1546,7 +1549,7 @@ class HostStore:
             body = data[_STAMPS:]
             told = self._told.get(name)
             if told is None or told.body != body:
-                place = int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
+                place = _place_of(name)
                 self._told[name] = told = _Told(body, _claim_of(name, body), place)
             hinted, spoke = data[:_STAMPS].split()
             return told.claim, None if hinted == b"-" else float(hinted), float(spoke), told.place
@@ -2096,6 +2099,10 @@ def _socket_of(body: bytes) -> str | None:
 def _ticket_name(place: float, ending: str) -> str:
     # Sorted by name is sorted by place. The offset keeps places before boot (a long wait elsewhere) sortable.
     return f"ticket-{int((place + _PLACE_OFFSET) * 1e6):020d}-{ending}"
+
+
+def _place_of(name: str) -> float:
+    return int(name.split("-")[1]) / 1e6 - _PLACE_OFFSET
 
 
 def _stamps(hinted: float | None, spoke: float) -> bytes:
