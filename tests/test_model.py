@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 
 import attrs
 import pytest
@@ -87,23 +89,53 @@ class Waiting:
         return self.hinted_at is None or now - self.hinted_at < ANSWER_TIME
 
 
-def leave(wishes: list[set[str]], free: set[str], cards: set[str]) -> bool:
-    """
-    Whether those who wish, the oldest first, each for one of its cards, may leave *cards* of those that are *free*.
+#: What stands on each card that may be had: nothing, or shares; None is the whole card.
+Cards = Mapping[str, tuple["Share | None", ...]]
 
-    Each chooses among what is left, and gets something if there is anything. It need not choose such that most are
-    served: a card is its, and not that of the next one, because it came first.
+
+def fits(on_card: Sequence[Share | None], share: Share | None) -> bool:
+    shares = [*on_card, share]
+    if None in shares:
+        return len(shares) == 1
+    if all(each.places is not None for each in shares):
+        return len(shares) <= min(each.places for each in shares)
+    return all(each.memory_mb is not None for each in shares) and sum(each.memory_mb for each in shares) <= ROOM
+
+
+def with_more(cards: Cards, keys: Iterable[str], share: Share | None) -> Cards:
+    return {**cards, **{key: (*cards[key], share) for key in keys}}
+
+
+def choices(claim: Claim, cards: Cards) -> list[tuple[str, ...]]:
+    """All that the claim may take."""
+    return [
+        picked
+        for group in claim.groups
+        for picked in combinations([w.key for w in group if fits(cards.get(w.key, (None,)), claim.share)], claim.count)
+    ]
+
+
+def leave(older: Sequence[Claim], cards: Cards, taken: Iterable[str], share: Share | None) -> bool:
     """
-    if not wishes:
+    Whether those who wait, the oldest first, may leave what was *taken* of the cards.
+
+    Each chooses among what those before it leave, and takes something if there is anything for it. One such choice is
+    asked for, not a certain one, as the arbiter cannot know which it will be: who was told of a card is about to take
+    that one, until it comes and takes what it likes best. Nor need the choice be such that most are served: a card is
+    the oldest one's who wants it, even if the next one could use no other.
+
+    What the first wish for several cards holds back while it collects them is not asked for: others were told of these
+    cards before it came, and it may go silent; test_leases_contract.py has the rule.
+    """
+    if not all(fits(cards.get(key, (None,)), share) for key in taken):
+        return False
+    if not older:
         return True
-    choice = free & wishes[0]
-    if not choice:
-        return leave(wishes[1:], free, cards)
-    return any(leave(wishes[1:], free - {key}, cards) for key in choice - cards)
-
-
-def wanted_keys(claim: Claim) -> set[str]:
-    return {wanted.key for group in claim.groups for wanted in group}
+    claim, *others = older
+    mine = choices(claim, cards)
+    if not mine:
+        return leave(others, cards, taken, share)
+    return any(leave(others, with_more(cards, picked, claim.share), taken, share) for picked in mine)
 
 
 class Histories(RuleBasedStateMachine):
@@ -287,21 +319,15 @@ class Histories(RuleBasedStateMachine):
         order = ticket.order if ticket is not None else (now - claim.waited, self.number)
         self.seen_empty |= {key for key, ago in claim.emptied.items() if now - ago > self.closed.get(key, now)}
         # After the line above: what this claim tells of opens a card for those before it as well.
-        free = self.free_cards()
-        older: list[set[str]] = []
-        before: set[str] = set()  # the cards that those want first who want a share, or several
-        for other in sorted(self.waiting.values(), key=lambda t: t.order):
-            if other.order >= order or not other.ready(now):
-                continue
-            if other.claim.count > 1 or other.claim.share is not None:
-                # Any of these may be its. A share leaves room for the shares of others, such as this claim's, but
-                # none for those behind it who want the whole card.
-                before |= wanted_keys(other.claim)
-            else:
-                older.append(wanted_keys(other.claim) - before)
+        cards = self.cards_to_have()
+        older = [
+            other.claim
+            for other in sorted(self.waiting.values(), key=lambda t: t.order)
+            if other.order < order and other.ready(now)
+        ]
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
-            self.granted(claim, store, outcome.lease, older, free)
+            self.granted(claim, store, outcome.lease, older, cards)
         elif isinstance(outcome, Queued):
             assert claim.queue
             if ticket is None:
@@ -313,13 +339,15 @@ class Histories(RuleBasedStateMachine):
             assert not claim.queue
         self.listen()
 
-    def free_cards(self) -> set[str]:
-        """The cards that anybody might have as a whole."""
-        taken = {key for held in self.held.values() for key in held.lease.cards}
-        shut = {key for key, at in self.closed.items() if self.clock.now - at < CLOSED_TIME}
-        return set("abc") - taken - (shut - self.seen_empty)
+    def cards_to_have(self) -> Cards:
+        """The cards that are not closed, and what stands on them."""
+        shut = {key for key, at in self.closed.items() if self.clock.now - at < CLOSED_TIME} - self.seen_empty
+        cards: Cards = dict.fromkeys(sorted(set("abc") - shut), ())
+        for held in self.held.values():
+            cards = with_more(cards, [key for key in held.lease.cards if key in cards], held.lease.share)
+        return cards
 
-    def granted(self, claim: Claim, store: int, lease: Lease, older: list[set[str]], free: set[str]) -> None:
+    def granted(self, claim: Claim, store: int, lease: Lease, older: list[Claim], cards: Cards) -> None:
         now = self.clock.now
         assert (lease.id, lease.holder, lease.share) == (claim.id, claim.holder, claim.share)
         assert len(set(lease.cards)) == claim.count
@@ -332,9 +360,8 @@ class Histories(RuleBasedStateMachine):
                 assert now - closed_at >= CLOSED_TIME or key in self.seen_empty
                 del self.closed[key]
                 self.seen_empty.discard(key)
-        if set(lease.cards) <= free:
-            # Nobody who has waited longer, and is there, had only these to choose from.
-            assert leave(older, free, set(lease.cards))
+        # Nobody who has waited longer, and is there, had only these to choose from.
+        assert leave(older, cards, lease.cards, lease.share)
         self.waiting.pop(claim.id, None)
         self.held[claim.id] = Held(lease, claim, store, now + TTL if store == 0 and self.ttl else None)
 
