@@ -42,6 +42,8 @@ _LONGEST = 86400.0
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
+_NO_PORT = re.compile(r"(://[^/?#@\[\],]*?:)(?!\d{0,5}(?:[/?#,]|$)).*", re.DOTALL)
+_REST = re.compile(r"([?#]).+", re.DOTALL)
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_\-]{0,61}[a-z0-9_])?")
 _NAMED = re.compile(r"([^:/=]*)=(.*)", re.DOTALL)
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -54,7 +56,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 def redact_url(text: str) -> str:
     """
-    *text* without what may be secret in a URL: everything between ``//`` and the last ``@``, and the query.
+    *text* without what may be secret in a URL: everything between ``//`` and the last ``@``, query and fragment.
 
     For any text, not only valid URLs: a password that was not percent-encoded makes a URL invalid, and must
     not be shown for that.
@@ -62,9 +64,12 @@ def redact_url(text: str) -> str:
     head, at, rest = text.rpartition("@")
     if at:
         scheme = _SCHEME.match(head)
-        text = f"{scheme.group(0) if scheme else ''}***@{rest}"
-    front, mark, query = text.partition("?")
-    return f"{front}?***" if mark and query else text
+        # Behind a '?' or '#' the '@' may stand in the secret itself, as in redis://host?password=a@b.
+        rest = "***" if "?" in head or "#" in head else f"***@{rest}"
+        text = f"{scheme.group(0) if scheme else ''}{rest}"
+    # Where a port should be, there may be a password that lacks its host.
+    text = _NO_PORT.sub(r"\1***", text)
+    return _REST.sub(r"\1***", text)
 
 
 def _show(value: object) -> str:
