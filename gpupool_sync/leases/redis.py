@@ -845,12 +845,15 @@ class RedisStore:
         self._released_at: dict[str, float] = {}
         self._refreshed_at = -math.inf
         self._me = os.urandom(8).hex()
+        failed = False
         try:
             self._client = self._connect(OPERATION_TIMEOUT)
             # A blocking pop of its own: nobody else waits for a connection that sleeps.
             self._listening = self._connect(OPERATION_TIMEOUT)
-        except ValueError as exc:
-            raise ConfigError(f"lease_store={self.description!r}: redis-py cannot read this URL") from exc
+        except ValueError:  # which may quote the URL
+            failed = True
+        if failed:
+            raise ConfigError(f"lease_store={self.description!r}: redis-py cannot read this URL")
 
     def _connect(self, timeout: float) -> Any:
         return redis.Redis.from_url(
@@ -899,6 +902,7 @@ class RedisStore:
         """What the script answers; a list where it was as *usual*, and that is all there was to do."""
         script = _SCRIPTS[name]
         arguments = (1, self._epoch, *self._arguments(body), *usual)
+        failure: Exception | None = None  # raised from outside its handler, which would chain it in any case
         try:
             try:
                 raw = self._client.execute_command("EVALSHA", script.sha, *arguments)
@@ -908,7 +912,9 @@ class RedisStore:
                 return raw
             answer = json.loads(raw)
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
-            raise self._error(exc) from exc
+            failure = exc
+        if failure is not None:
+            raise self._error(failure)
         self._closed = tuple(answer["closed"] or ())
         if answer["freed"]:
             self._note_freed(answer["freed"], answer["given"] or ())
@@ -916,11 +922,21 @@ class RedisStore:
             self._hints.tell(answer["told"])
         return dict(answer)
 
-    def _error(self, exc: BaseException) -> LeaseStoreError:
-        told = str(exc)
+    def _error(self, exc: Exception) -> LeaseStoreError:
+        told = self._redacted(str(exc))
+        error = LeaseStoreError(f"{self.description} cannot be asked: {told or type(exc).__name__}")
+        # A server that does not know AUTH repeats what it was sent, and a traceback shows all that is chained.
+        behind: BaseException | None = exc
+        while behind is not None and self._redacted(str(behind)) == str(behind):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None:
+            error.__cause__ = exc
+        return error
+
+    def _redacted(self, text: str) -> str:
         for secret in self._secrets:
-            told = told.replace(secret, "…")
-        return LeaseStoreError(f"{self.description} cannot be asked: {told or type(exc).__name__}")
+            text = text.replace(secret, "…")
+        return text
 
     # -- claiming ----------------------------------------------------------------------------------------------
 
@@ -1116,6 +1132,7 @@ class RedisStore:
         """As the contract says; also reads, each second, who holds what, for those who wait."""
         if self._clock() - self._refreshed_at >= REFRESH:
             self.leases()
+        failure: Exception | None = None
         try:
             found = self._listening.execute_command(
                 "BRPOP", f"{self._prefix}hints:{self._me}", f"{min(max(timeout, 0.001), OPERATION_TIMEOUT / 2):.3f}"
@@ -1124,7 +1141,9 @@ class RedisStore:
                 return
             claim_id, freed, given = json.loads(found[1])
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
-            raise self._error(exc) from exc
+            failure = exc
+        if failure is not None:
+            raise self._error(failure)
         self._note_freed(freed or (), given or ())
         self._hints.tell([claim_id])
 
@@ -1288,11 +1307,23 @@ def _holder_from(text: str) -> Holder:
 
 def _describe(url: str) -> str:
     """The URL without what is secret in it."""
+    parts, port = None, None
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as exc:
-        raise ConfigError("lease_store: this is not the URL of a Redis; redis://host:6379/0 is") from exc
+    except ValueError:  # which quotes what stands for the port, and may be a password
+        parts = None
+    if parts is None:
+        raise ConfigError(
+            "lease_store: this is not the URL of a Redis; redis://host:6379/0 is (in a password, '/' is written %2F, "
+            "'?' %3F and '#' %23)"
+        )
+    misplaced = parts.netloc and "@" not in parts.netloc if parts.scheme == "unix" else "@" in parts.path
+    if "@" in parts.fragment or misplaced or ("@" in parts.query and "=" not in parts.query):
+        # The beginning of a password was taken for the host, and the rest of it would be shown.
+        raise ConfigError(
+            "lease_store: an '@' stands where none is expected; in a password '/' is written %2F, '?' %3F and '#' %23"
+        )
     if parts.scheme == "unix":
         return f"unix://{parts.path}"
     if parts.scheme not in ("redis", "rediss"):
