@@ -39,7 +39,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import attrs
 import requests
@@ -883,6 +883,30 @@ for _name in ("urllib3.connection", "urllib3.connectionpool", "urllib3.response"
 # -- requests: session, adapter, credentials ------------------------------------------------------------------------
 
 
+def _proxy_of(url: str, proxies: dict[str, str]) -> tuple[str, SplitResult]:
+    """
+    The proxy's URL (empty: there is none), as it is and in its parts.
+
+    Raises:
+        ValueError: it cannot be read; the message is for people and quotes nothing of it, as it may have a password.
+    """
+    prefixed: Any = requests.utils.prepend_scheme_if_needed  # which has no types
+    try:
+        chosen = str(requests.utils.select_proxy(url, proxies) or "")
+        if chosen:
+            chosen = prefixed(chosen, "http")
+        parts = urlsplit(chosen)
+        readable = (parts.port is None or parts.port > 0) and "@" not in parts.path + parts.query + parts.fragment
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError(
+            "the URL of the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY cannot be read; in a password '/' is written "
+            "%2F, '?' %3F and '#' %23"
+        )
+    return chosen, parts
+
+
 class _Adapter(HTTPAdapter):
     """The stock adapter with our sockets, for one server that is always reached in the same way."""
 
@@ -992,11 +1016,7 @@ class _Link:
         settings = session.merge_environment_settings(endpoint.url, {}, True, trusted, endpoint.cert)
         verify: Any = settings["verify"]
         proxies = dict(settings["proxies"])
-        chosen = requests.utils.select_proxy(endpoint.url, proxies)
-        if chosen:
-            prefixed: Any = requests.utils.prepend_scheme_if_needed  # which has no types
-            chosen = prefixed(chosen, "http")
-        proxy = urlsplit(chosen or "")
+        chosen, proxy = _proxy_of(endpoint.url, proxies)
         if proxy.scheme not in ("", "http", "https"):
             raise ValueError(f"a proxy of the kind {proxy.scheme} is not supported; NO_PROXY goes around it")
         context = _tls_context(verify, endpoint.cert) if endpoint.url.startswith("https:") else None
@@ -1011,7 +1031,7 @@ class _Link:
             backoff_factor=0.02,
             backoff_max=1.0,
         )
-        adapter = _Adapter(endpoint.url, chosen or "", retries, context, proxy_context, endpoint.server_name, pin)
+        adapter = _Adapter(endpoint.url, chosen, retries, context, proxy_context, endpoint.server_name, pin)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         shown = f"{proxy.hostname}:{proxy.port}" if proxy.port else proxy.hostname or ""
