@@ -327,6 +327,15 @@ def make_server(
     return uvicorn.Server(config)
 
 
+def _without_query(record: logging.LogRecord) -> bool:
+    """What follows a '?' is of no use to this server, and where others expect tokens."""
+    # uvicorn: client, method, path with the query, version, status
+    if isinstance(record.args, tuple) and len(record.args) == 5 and isinstance(record.args[2], str):
+        client, method, path, *rest = record.args
+        record.args = (client, method, str(path).partition("?")[0], *rest)
+    return True
+
+
 @contextlib.contextmanager
 def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
     """
@@ -367,6 +376,7 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
     audit_log.setLevel(logging.INFO)  # whatever else is told
     # uvicorn tells at "info" what is announced here already.
     logging.getLogger("uvicorn").setLevel(logging.DEBUG if options.log_level == "debug" else logging.WARNING)
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     sampler = Sampler(reader, interval=options.interval)
     sockets: list[socket.socket] = []
