@@ -6,7 +6,7 @@ Pure functions over snapshots: no clock, no lock, no store.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import attrs
@@ -163,7 +163,7 @@ def usable(
     *,
     is_held: Callable[[str], bool],
     released_at: Callable[[str], float | None],
-    closed: Collection[str],
+    closed: Callable[[], Mapping[str, float]],
     fits: Callable[[Card], bool] | None,
 ) -> Iterator[tuple[Card, Reason | None, Obstacle | None]]:
     """
@@ -173,14 +173,16 @@ def usable(
     card the reading shows its holder; so it does not count there either, but the lease does.
 
     Args:
-        closed: keys of the cards that their arbiter grants only when a reading shows them empty.
+        closed: the cards that their arbiter grants only when a reading shows them empty, and since when
+            (`LeaseStore.closed`). Asked after `is_held`, by which an arbiter may first learn that a card is closed.
         fits: whether a share may still fit beside those that are leased; None: a whole card is asked for.
     """
-    simply = fits is None and not closed  # mostly
+    taken_at = snapshot.sample.taken_at
     for card in screened.eligible:
         held = is_held(card.key)
-        yield card, None, ("held" if held else None) if simply else _obstacle(card, held, closed, fits)
-    taken_at = snapshot.sample.taken_at
+        shut = closed()
+        simply = fits is None and not shut  # mostly
+        yield card, None, ("held" if held else None) if simply else _obstacle(card, held, taken_at, shut, fits)
     for card, reason in screened.vetoed:
         held = is_held(card.key)
         if held:
@@ -188,13 +190,16 @@ def usable(
         else:
             released = released_at(card.key)
             falls = released is not None and released > taken_at
-        yield (card, None, _obstacle(card, held, closed, fits)) if falls else (card, reason, None)
+        yield (card, None, _obstacle(card, held, taken_at, closed(), fits)) if falls else (card, reason, None)
 
 
-def _obstacle(card: Card, held: bool, closed: Collection[str], fits: Callable[[Card], bool] | None) -> Obstacle | None:
+def _obstacle(
+    card: Card, held: bool, taken_at: float, closed: Mapping[str, float], fits: Callable[[Card], bool] | None
+) -> Obstacle | None:
     if held if fits is None else not fits(card):
         return "held" if held else "no-room"
-    if closed and card.key in closed and not is_empty(card.reading):
+    # A reading from before that end shows nothing of what was left on the card.
+    if closed and card.key in closed and not (is_empty(card.reading) and taken_at > closed[card.key]):
         return "closed"
     return None
 

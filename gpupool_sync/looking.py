@@ -145,7 +145,7 @@ def judged(
         snapshot,
         is_held=store.is_held,
         released_at=store.released_at,
-        closed=store.closed(),
+        closed=store.closed,
         fits=partial(_shareable, store, request) if request.shared else None,
     )
 

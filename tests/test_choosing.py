@@ -145,18 +145,35 @@ def test_a_reading_from_before_the_release_does_not_veto():
     snap = snapshot(reading(0, memory_usage_percent=99.0, memory_used_mb=9000.0, processes=None), taken_at=100.0)
     screened = screen(snap, GPURequest(), LIMITS)
 
-    def reasons(released, held=False, closed=(), fits=None):
-        is_held, released_at = (lambda _: held), (lambda _: released)
-        seen = usable(screened, snap, is_held=is_held, released_at=released_at, closed=closed, fits=fits)
+    def reasons(released, held=False, closed=None, fits=None):
+        is_held, released_at, shut = (lambda _: held), (lambda _: released), (lambda: closed or {})
+        seen = usable(screened, snap, is_held=is_held, released_at=released_at, closed=shut, fits=fits)
         return [(veto.code if veto else None, obstacle) for _, veto, obstacle in seen]
 
     assert reasons(None) == [("memory", None)]
     assert reasons(99.0) == [("memory", None)]
     assert reasons(100.5) == [(None, None)]
     assert reasons(None, held=True) == [(None, "held")]
-    assert reasons(100.5, closed=[card.key for card in snap.cards]) == [(None, "closed")]
+    assert reasons(100.5, closed={card.key: 99.0 for card in snap.cards}) == [(None, "closed")]
     assert reasons(100.5, fits=lambda _: False) == [(None, "no-room")]
     assert reasons(None, held=True, fits=lambda _: True) == [("memory", None)]
+
+
+@pytest.mark.parametrize(("closed_at", "obstacle"), [(99.9, None), (100.0, "closed"), (100.1, "closed")])
+def test_a_closed_card_is_open_only_by_a_later_reading(closed_at, obstacle):
+    """One from before the last lease ended, empty as it was, tells nothing of what that left on the card."""
+    snap = snapshot(reading(0), taken_at=100.0)
+    closed: dict[str, float] = {}
+
+    def is_held(key):
+        closed[key] = closed_at  # some arbiters learn of it only when they are asked
+        return False
+
+    seen = usable(
+        screen(snap, GPURequest(), LIMITS), snap, is_held=is_held, released_at=lambda _: None, closed=lambda: closed,
+        fits=None,
+    )  # fmt: skip
+    assert [(veto, found) for _, veto, found in seen] == [(None, obstacle)]
 
 
 @pytest.mark.parametrize(

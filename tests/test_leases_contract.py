@@ -211,6 +211,18 @@ def test_a_closed_card_opens_when_a_later_reading_shows_it_empty(store, clock):
     assert list(store.closed()) == []
 
 
+def test_it_is_known_since_when_a_card_is_closed(store, clock):
+    """Or since when it was heard of: whoever looks again does not make it later, or no reading ever came after it."""
+    revoked_and_let_go(store, "a")
+    store.leases()
+    (at,) = store.closed().values()
+    assert at == clock()
+    clock.advance(5.0)
+    store.leases()
+
+    assert store.closed() == {"a": at}
+
+
 def test_a_closed_card_opens_after_a_while(store, clock):
     """Where nobody tells what is on a card, time has to do."""
     revoked_and_let_go(store, "a", "b", count=2)

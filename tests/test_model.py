@@ -227,7 +227,7 @@ class Histories(RuleBasedStateMachine):
                 snapshot,
                 is_held=store.is_held,
                 released_at=store.released_at,
-                closed=(),
+                closed=dict,
                 fits=None,
             )
             found = [

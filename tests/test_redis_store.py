@@ -152,6 +152,7 @@ def test_a_lease_that_is_not_renewed_ends(store, clock):
     clock.advance(0.2)
     # What is left of its holder may still compute there, until a reading from after the end shows the card empty.
     assert store.claim(claim("a", who="b", emptied={"a": 0.15})).reasons["a"].code == "closed"
+    assert store.closed() == {"a": pytest.approx(clock() - 0.1)}
     fresh = store.claim(claim("a", who="b", ttl=10.0, emptied={"a": 0.05})).lease
 
     assert fresh.token > first.token

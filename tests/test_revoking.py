@@ -135,7 +135,6 @@ def test_the_gpu_of_somebody_else_needs_force(pool):
 def test_a_closed_card_opens_when_its_memory_is_empty(pool, cards):
     """What the last holder left there keeps everybody out until a reading shows that it is gone."""
     cards.set(0, memory_used_mb=4000.0, memory_usage_percent=5.0, processes=None)
-    pool.refresh()  # an older reading shows it empty, and explain() believes that
     gpu = pool.acquire(timeout=10)
     take(pool)
     eventually(lambda: gpu.released and not pool.leases().leases)  # first the handle is, then its lease
@@ -150,6 +149,28 @@ def test_a_closed_card_opens_when_its_memory_is_empty(pool, cards):
     cards.set(0, memory_used_mb=10.0, memory_usage_percent=0.0)
     waiter.join(30)
     assert [each.uuid for each in got] == [gpu.uuid]
+
+
+def test_an_old_reading_does_not_open_a_closed_card(monkeypatch, tmp_path):
+    """It shows the card empty as it was before its last holder's job: explain() and status() say that it is closed."""
+    options = {"poll_interval": 3600.0, "health_check_interval": 3600.0}
+    cards = Cards(1)
+    with (
+        local_pool(monkeypatch, cards, lease_store=f"host:{tmp_path / 'locks'}", **options) as pool,
+        local_pool(monkeypatch, cards, lease_store=f"host:{tmp_path / 'locks'}", **options) as other,
+    ):
+        other.open(wait=True)
+        gpu = pool.acquire(timeout=20)
+        take(pool)
+        eventually(lambda: gpu.released and not pool.leases().leases)
+        # What another process wrote is looked at a few times a second.
+        eventually(lambda: [card.code for card in other.explain().cards] != ["held"])
+        (verdict,) = other.explain().cards
+        assert (verdict.code, "did not give it back" in verdict.text) == ("closed", True)
+        assert [card.is_available for card in other.status().gpus] == [False]
+        other.refresh(timeout=20)
+        assert [card.code for card in other.explain().cards] == ["free"]
+        other.acquire(timeout=0).release()
 
 
 def test_others_are_granted_while_a_card_is_closed(monkeypatch):

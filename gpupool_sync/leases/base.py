@@ -6,7 +6,7 @@ suite runs over every implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -219,8 +219,12 @@ class LeaseStore(Protocol):
         Never asks over a network; at most it looks at what is open already, so that it can be asked at any time.
         """
 
-    def closed(self) -> Collection[str]:
-        """The cards that are closed after an expiry or a revocation, as far as is known here; mostly none."""
+    def closed(self) -> Mapping[str, float]:
+        """
+        The cards that are closed after an expiry or a revocation, as far as is known here; mostly none.
+
+        With each `clock.boottime` of that end, or of when it was heard of.
+        """
 
     def listen(self, timeout: float) -> None:
         """

@@ -1322,14 +1322,14 @@ class HostStore:
                     return f"its lock file {self._path}/{name} was deleted or replaced"
         return None
 
-    def closed(self) -> Collection[str]:
+    def closed(self) -> Mapping[str, float]:
         if not self._closed:
-            return ()
+            return {}
         now = self._clock()
         with self._lock:
             for key in [key for key, at in self._closed.items() if is_open(at, None, now)]:
                 del self._closed[key]
-            return tuple(self._closed)
+            return dict(self._closed)
 
     # -- for holders on other machines ---------------------------------------------------------------------------
 

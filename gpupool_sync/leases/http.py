@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -263,14 +263,14 @@ class HTTPStore:
     def why_gone(self, lease_id: str) -> str | None:
         return self._why.get(lease_id)
 
-    def closed(self) -> Collection[str]:
+    def closed(self) -> Mapping[str, float]:
         if not self._closed_cards:
-            return ()
+            return {}
         now = self._clock()
         with self._lock:
             for key in [key for key, at in self._closed_cards.items() if is_open(at, None, now)]:
                 del self._closed_cards[key]
-            return tuple(self._closed_cards)
+            return dict(self._closed_cards)
 
     def _pay(self, ids: Sequence[str]) -> None:
         for batch in _batches(ids):
@@ -398,7 +398,8 @@ class HTTPStore:
         now = self._clock()
         told = _by_card(infos)
         with self._lock:
-            self._closed_cards = dict.fromkeys(closed, now)
+            # As first heard: displays ask again and again, and a reading from after the first time counts.
+            self._closed_cards = {key: self._closed_cards.get(key, now) for key in closed}
             # Newer than what was heard before: who is not in it has gone.
             self._hearsay = {
                 key: (now, others) for key, infos_of in told.items() if (others := self._others_locked(key, infos_of))

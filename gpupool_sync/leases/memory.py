@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import LeaseLost, LeaseStoreError
@@ -217,8 +217,8 @@ class MemoryStore:
         by = self._revoked.get(lease_id)
         return None if by is None else f"it was revoked by {by}"
 
-    def closed(self) -> Collection[str]:
-        return tuple(self._closed) if self._closed else ()
+    def closed(self) -> Mapping[str, float]:
+        return dict(self._closed) if self._closed else {}
 
     # -- hints -------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -261,10 +261,10 @@ local function close(key, at)
   closed[key] = at
   redis.call('HSET', CLOSED, key, text(at))
 end
-local function closed_keys()
-  local list = {}
-  for key in pairs(closed or {}) do list[#list + 1] = key end
-  return list
+local function closed_ages()
+  local ages = {}
+  for key, at in pairs(closed or {}) do ages[key] = text(now - at) end
+  return ages
 end
 
 -- Whether a card can serve a share beside its leases and beside what older tickets are about to take of it.
@@ -529,7 +529,7 @@ local function shown(id, lease)
           age = text(now - lease.g), left = text(left), l = text(lease.l)}
 end
 local function answer(result)
-  result.told, result.freed, result.given, result.closed = told, some(freed), some(given), closed_keys()
+  result.told, result.freed, result.given, result.closed = told, some(freed), some(given), closed_ages()
   return cjson.encode(result)
 end
 local till = closed_until(false)
@@ -841,7 +841,7 @@ class RedisStore:
         self._ended_order: deque[str] = deque()
         self._known: dict[str, tuple[_Known, ...]] = {}  # card key -> leases as last read
         self._revoked: dict[str, str] = {}  # lease id -> by whom
-        self._closed: tuple[str, ...] = ()  # card keys, as last read; replaced, never changed
+        self._closed: Mapping[str, float] = {}  # card key -> when it was closed, as last read; replaced, never changed
         self._released_at: dict[str, float] = {}
         self._refreshed_at = -math.inf
         self._me = os.urandom(8).hex()
@@ -915,7 +915,8 @@ class RedisStore:
             failure = exc
         if failure is not None:
             raise self._error(failure)
-        self._closed = tuple(answer["closed"] or ())
+        now = self._clock()
+        self._closed = {key: now - float(age) / 1e6 for key, age in answer["closed"].items()}
         if answer["freed"]:
             self._note_freed(answer["freed"], answer["given"] or ())
         if answer["told"]:
@@ -977,7 +978,7 @@ class RedisStore:
             "" if claim.note is None else f"={claim.note[:200]}",
         )
         if isinstance(answer, list):
-            self._closed = ()
+            self._closed = {}
             told = {"c": answer[:1], "t": answer[1], "age": 0, "left": _us(ttl), "l": _us(ttl)}
             return Granted(self._enter(claim, told, sent))
         status = answer["s"]
@@ -1100,7 +1101,7 @@ class RedisStore:
                 self._revoked.pop(lease_id, None)
         answer = self._told("release", {"ids": gone}, gone[0] if len(gone) == 1 else "", str(_CONSTANTS["gone"]))
         if isinstance(answer, list):
-            self._closed = ()
+            self._closed = {}
             self._note_freed(answer, answer)
 
     withdraw = release
@@ -1112,7 +1113,7 @@ class RedisStore:
         by = self._revoked.get(lease_id)
         return None if by is None else f"it was revoked by {by}"
 
-    def closed(self) -> Collection[str]:
+    def closed(self) -> Mapping[str, float]:
         return self._closed
 
     def _note_freed(self, freed: Iterable[str], given: Iterable[str]) -> None:
