@@ -38,6 +38,9 @@ def add(state: PoolState, endpoint: Any, options: Mapping[str, Any]) -> str:
             if new.id == old_id or new.url == old_url:
                 raise ConfigError(f"endpoint {new.id}: the pool has {old_id} already; give another name or URL")
         state.endpoint_configs = (*state.endpoint_configs, new)
+        if new.local:
+            with state.local_lock:
+                state.local_ids |= {new.id}
         state.drained -= {new.id}
         if engine is not None and engine.inherited is None:
             made = make_endpoint(new, state.settings)

@@ -791,6 +791,7 @@ def _rebuild(
     pool._setup(settings, on_lost)
     state = pool._state
     state.endpoint_configs = endpoints
+    state.local_ids = state.said_to_be_local()
     state.reads_devices = reads_devices
     state.drained = drained
     state.inherited = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 
@@ -426,3 +427,31 @@ def test_an_endpoint_that_is_no_gpu_server_is_told_so(fleet):
         pytest.raises(AcquireTimeout, match=r"wrong.*404"),
     ):
         pool.acquire(timeout=0)
+
+
+# -- endpoints that are said to be in this machine ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["here", "in a copy"])
+def test_an_endpoint_of_this_machine_that_is_added_later_counts_before_it_answers(fleet, where, tmp_path):
+    """Else the first request would get the GPU of another machine, which this process cannot use."""
+    with make_pool(fleet, lease_store=f"host:{tmp_path}") as pool:
+        pool.open(wait=True)
+        pool.add_endpoint("http://127.0.0.1:9", name="own", local=True)
+        asked = pool if where == "here" else pickle.loads(pickle.dumps(pool))
+        with asked:
+            asked.open(wait=True)
+            with pytest.raises(AcquireTimeout, match="free, but in another machine"):
+                asked.acquire(timeout=0)
+            asked.acquire(timeout=20, local=False).release()
+
+
+def test_an_endpoint_of_this_machine_that_was_removed_does_not_count_in_a_copy(fleet, tmp_path):
+    """Else its GPUs, which the pool does not have any more, would be all that the copy may have."""
+    own = Endpoint("http://127.0.0.1:9", name="own", local=True)
+    options = {"lease_store": f"host:{tmp_path}", "endpoint_timeout": 20.0}
+    with GPUPool([own, Endpoint(fleet[0].url, name="alpha")], **options) as pool:
+        pool.remove_endpoint("own")
+        pool.acquire(timeout=20).release()
+        with pickle.loads(pickle.dumps(pool)) as copy:
+            copy.acquire(timeout=20).release()
