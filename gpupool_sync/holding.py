@@ -19,6 +19,9 @@ from gpupool_sync.state import PoolState, all_grants
 
 logger = logging.getLogger(__name__)
 
+#: What is logged of a lost lease: its GPUs, and why.
+LEASE_LOST = "the lease on %s is lost: %s"
+
 #: Seconds between attempts to tell an arbiter of a release that it did not hear.
 RETRY_RELEASE = 5.0
 #: The longest ttl there is, seconds.
@@ -216,7 +219,7 @@ def lease_lost(state: PoolState, lease_id: str) -> None:
     if grant.bequest is not None:
         grant.bequest.lose(why)
     names = ", ".join(card.global_gpu_id for card in grant.cards)
-    logger.warning("the lease on %s is lost: %s", names, why)
+    logger.warning(LEASE_LOST, names, why)
     try:
         owner = state.owner()
         if grant.on_lost is not None and owner is not None:

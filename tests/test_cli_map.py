@@ -133,14 +133,16 @@ def test_failures_are_listed_and_counted(fleet, capfd, tmp_path):
     assert out == ""
     assert sorted(path.name for path in logs.iterdir()) == ["1-good.log", "2-bad.log", "3-worse.log", "4-a_b.log"]
     assert (logs / "4-a_b.log").read_text() == "out a/b\nerr a/b\n"
-    summary = err[err.index("gpupool-sync: 2 of 4 jobs failed:") :].splitlines()[1:]
+    summary = err[err.index("Error: 2 of 4 jobs failed:") :].splitlines()[1:]
     assert sorted(summary) == [
         f"  job 2 (bad): exit status 3, see {logs}/2-bad.log",
         f"  job 3 (worse): ended by SIGKILL, see {logs}/3-worse.log",
     ]
     # A command that is none, without a shell.
     assert main(["map", "no-such-command", "{}", ":::", "x"]) == 1
-    assert "job 1 (x): exit status 127" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "job 1 (x): exit status 127" in err
+    assert "Error: no-such-command: No such file or directory" in err.splitlines()
 
 
 def test_retries(fleet, capfd, tmp_path):
@@ -191,6 +193,40 @@ def test_no_gpu_in_time(fleet, capfd):
             assert main(["map", "--timeout", "3", "sleep 6; echo", ":::", "a", "b"]) == 124
     assert capfd.readouterr().out == "a\n"
     assert main(["map", "-n", "3", "echo", ":::", "a"]) == 125
+
+
+@pytest.mark.parametrize("on_lost", ["kill", "warn"])
+def test_a_lost_lease(fleet, monkeypatch, tmp_path, on_lost):
+    """`kill`: its job is ended and has failed, the others go on; `warn`: a line, and it ends as it likes. Told once."""
+    monkeypatch.setenv("GPU_POOL_TTL", "6")
+    job = f"cat {tmp_path}/{{}}; echo {{}}"
+    for name in "ab":
+        os.mkfifo(tmp_path / name)
+    with process(*OURS, "map", "--on-lost", on_lost, "--note", "ours", job, ":::", "a", "b", text=True) as it:
+        writers = [os.open(tmp_path / name, os.O_WRONLY) for name in "ab"]
+        with GPUPool() as pool:
+            taken = sorted(pool.leases().leases, key=lambda lease: lease.token)[0]  # of the first job
+            pool.revoke(taken.gpus[0], force=True)
+        seen = ""
+        while "job 1 (a): the lease on" not in seen:
+            seen += (line := it.stderr.readline())
+            assert line, seen
+        for writer in writers:
+            os.close(writer)
+        out, err = it.communicate(timeout=30)
+    lines = [line for line in (seen + err).splitlines() if "is lost" in line]
+    assert f"job 1 (a): the lease on {taken.gpus[0]} is lost (it was revoked by " in lines[0]
+    if on_lost == "kill":
+        assert (it.returncode, out) == (1, "b\n")
+        assert lines[0].startswith("Error: ")
+        assert lines[0].endswith("; it is ended")
+        assert lines[1].startswith("  job 1 (a): the lease on ")
+        assert len(lines) == 2
+    else:
+        assert (it.returncode, sorted(out.split())) == (0, ["a", "b"])
+        assert lines[0].startswith("Warning: ")
+        assert lines[0].endswith("; it goes on")
+        assert len(lines) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -126,9 +126,9 @@ def test_several_gpus_by_number(fleet, capfd):
     [
         (["--", "sh", "-c", "exit 3"], 3, ""),
         (["--", "sh", "-c", "kill -USR1 $$"], 128 + signal.SIGUSR1, ""),
-        (["--", "no-such-command", "x"], 127, "no-such-command: command not found"),
-        (["--", "/etc/passwd"], 126, "/etc/passwd: cannot be executed"),
-        (["-n", "3", "--", "true"], 125, "no GPU of this pool can ever satisfy 3 GPUs of one host"),
+        (["--", "no-such-command", "x"], 127, "Error: no-such-command: command not found\n"),
+        (["--", "/etc/passwd"], 126, "Error: /etc/passwd: cannot be executed\n"),
+        (["-n", "3", "--", "true"], 125, "Error: no GPU of this pool can ever satisfy 3 GPUs of one host"),
         (["--endpoint", "elsewhere", "--", "true"], 125, "this pool has no endpoint elsewhere; it has sim"),
         (["--memory-mb", "1", "--max-holders", "2", "true"], 125, "memory_mb"),
         (["--timeout", "-1", "true"], 2, "--timeout"),
@@ -217,12 +217,16 @@ def test_a_lost_lease_ends_the_command(fleet, monkeypatch):
                 pool.revoke(lease.gpus[0], force=True)
         assert killed.wait(30) == 125
         assert killed.stdout.read() == b"TERM\n"
-        assert b"is lost (" in killed.stderr.read()
+        (line,) = [each for each in killed.stderr.read().splitlines() if b" is lost" in each]
+        assert line.startswith(b"Error: the lease on sim:")
+        assert line.endswith(b"; the command is ended: SIGTERM, and SIGKILL in 0.3 s")
         said = b""
         while b"is lost (" not in said:
             said += (line := warned.stderr.readline())
             assert line, said
-        assert b"the command goes on" in said
+        assert said.count(b" is lost") == 1
+        assert line.startswith(b"Warning: the lease on sim:")
+        assert line.endswith(b"; the command goes on\n")
         warned.communicate(b"\n")
         assert warned.returncode == 0
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import click
 
-from gpupool_sync.cli._common import Call, plain, print_json
+from gpupool_sync.cli._common import Call, complain, print_json
 from gpupool_sync.errors import GPUPoolError, MissingExtra
 
 #: Command -> the module that has it, under the command's own name, and one line for ``--help``. Imported when used: a
@@ -120,7 +120,7 @@ def _run(argv: Sequence[str] | None, call: Call) -> int:
         if call.as_json:
             print_json({"error": {"type": type(exc).__name__, "message": str(exc)}})
         else:
-            click.echo(f"Error: {plain(exc)}", err=True)
+            complain(exc)
         return 2 if isinstance(exc, MissingExtra) else 1
 
 

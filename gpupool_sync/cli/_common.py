@@ -36,6 +36,25 @@ PIPE_WIDTH = 240
 #: Seconds that a server may be silent before a line says whom we wait for.
 PATIENCE = 1.5
 
+
+def write(text: str) -> None:
+    """To stderr, above a bar that is drawn there: rich replaces `sys.stderr`, and click would look behind it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or was never there
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def complain(error: object) -> None:
+    """What went wrong, in as many lines as it has; the same words as click's own errors begin with."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    write("\n".join([f"Error: {plain(lines[0])}", *map(plain, lines[1:])]))
+
+
+def warn(text: object) -> None:
+    """What may go wrong."""
+    write(f"Warning: {plain(text)}")
+
+
 #: What an arbiter's scope means to a reader.
 SCOPES = {
     "process": "among the threads of one process",
@@ -254,7 +273,7 @@ def looking_pool(endpoints: str | None, timeout: float | None, *, patience: floa
             warnings.simplefilter("always")
             pool = GPUPool(endpoints, endpoint_timeout=timeout)
         for warning in caught:
-            click.echo(f"Warning: {plain(warning.message)}", err=True)
+            warn(warning.message)
         with warnings.catch_warnings():
             # Nothing is leased here; how far leases reach is part of what the commands say.
             warnings.simplefilter("ignore", ExclusivityWarning)

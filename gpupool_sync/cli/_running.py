@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
 
-from gpupool_sync.cli._common import Terms, plain
+from gpupool_sync.cli._common import Terms, complain, plain, warn, write
 from gpupool_sync.errors import AcquireTimeout, GPUPoolError, RemoteGPUError
+from gpupool_sync.holding import LEASE_LOST
 
 if TYPE_CHECKING:
     from gpupool_sync.pool import GPUPool, _Acquiring
@@ -43,19 +44,6 @@ LOOK = 0.5
 def say(text: object) -> None:
     """One line of ours among what the command says."""
     write(f"gpupool-sync: {plain(text)}")
-
-
-def complain(error: object) -> None:
-    """An error, in as many lines as it has."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    write("\n".join([f"Error: {plain(lines[0])}", *map(plain, lines[1:])]))
-
-
-def write(text: str) -> None:
-    """To stderr, above a bar that is drawn there: rich replaces `sys.stderr`, and click would look behind it."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or was never there
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
 
 
 # -- signals -----------------------------------------------------------------------------------------------------
@@ -164,7 +152,7 @@ def working_pool(endpoints: str | None, *, progress: bool) -> Iterator[GPUPool]:
     from gpupool_sync.pool import GPUPool
 
     def show(message: Warning | str, *where: object, **more: object) -> None:
-        write(f"Warning: {plain(message)}")
+        warn(message)
 
     logger, handler = logging.getLogger("gpupool_sync"), _Said(logging.WARNING)
     logger.addHandler(handler)
@@ -183,7 +171,8 @@ class _Said(logging.Handler):
     """The package's warnings, as lines like ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        if record.msg is not LEASE_LOST:  # our own `on_lost` says so, and what becomes of the command
+            say(record.getMessage())
 
 
 class Background(Generic[T]):
@@ -348,7 +337,7 @@ def passed_on() -> tuple[int, ...]:
 
 def start_failed(command: Sequence[str], error: OSError) -> int:
     """Say why a command did not start; returns what shells return then."""
-    say(f"{command[0]}: {error.strerror or error}")
+    complain(f"{command[0]}: {error.strerror or error}")
     return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
 
 

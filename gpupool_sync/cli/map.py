@@ -22,7 +22,17 @@ from typing import IO, TYPE_CHECKING, Any
 import attrs
 import click
 
-from gpupool_sync.cli._common import Count, Terms, endpoints_option, lease_options, plain, plural
+from gpupool_sync.cli._common import (
+    Count,
+    Terms,
+    complain,
+    endpoints_option,
+    lease_options,
+    plain,
+    plural,
+    warn,
+    write,
+)
 from gpupool_sync.cli._running import (
     BY_SIGNAL,
     ENDING,
@@ -39,7 +49,6 @@ from gpupool_sync.cli._running import (
     visible_as,
     wake,
     working_pool,
-    write,
 )
 from gpupool_sync.display import waiting_line
 from gpupool_sync.errors import GPUPoolError
@@ -74,6 +83,7 @@ class _Job:
     asking: Asking | None = None
     gpu: Any = None
     lost: str | None = None
+    told: bool = False  # that the lease is lost
     kill_at: float = float("inf")
     out: IO[bytes] | None = None
     err: IO[bytes] | None = None
@@ -348,7 +358,8 @@ class _Queue:
         job = self._todo.popleft()
         # The lease lasts as long as what it came by.
         job.asking, job.gpu = asking, gpu
-        job.attempts, job.failure, job.lost, job.kill_at = job.attempts + 1, None, None, float("inf")
+        job.attempts, job.failure, job.kill_at = job.attempts + 1, None, float("inf")
+        job.lost, job.told = None, False
         try:
             if job.log is not None:
                 job.out = open(job.log, "ab" if job.attempts > 1 else "wb")  # noqa: SIM115 - closed at its end
@@ -375,9 +386,13 @@ class _Queue:
         assert job.process is not None
         code = job.process.poll()
         if code is None:
-            if job.lost is not None and self._plan.terms.on_lost == "kill" and job.kill_at == float("inf"):
-                say(f"{job.title}: {job.lost}; it is ended")
-                job.end(self._plan.terms.grace)
+            if job.lost is not None and not job.told:
+                job.told = True
+                if self._plan.terms.on_lost == "kill":
+                    complain(f"{job.title}: {job.lost}; it is ended")
+                    job.end(self._plan.terms.grace)
+                else:
+                    warn(f"{job.title}: {job.lost}; it goes on")
             if time.monotonic() >= job.kill_at:
                 job.signal(signal.SIGKILL)
             return
@@ -447,7 +462,7 @@ class _Queue:
     def report(self) -> int:
         """Say what failed; returns the exit status."""
         if self._failed:
-            say(f"{len(self._failed)} of {plural(len(self._jobs), 'job')} failed:")
+            complain(f"{len(self._failed)} of {plural(len(self._jobs), 'job')} failed:")
             for job in self._failed[:LISTED]:
                 log = "" if job.log is None else f", see {job.log}"
                 write(f"  {plain(job.title)}: {plain(job.failure)}{plain(log)}")

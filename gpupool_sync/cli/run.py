@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import click
 
-from gpupool_sync.cli._common import Terms, endpoints_option, lease_options, seconds
+from gpupool_sync.cli._common import Terms, complain, endpoints_option, lease_options, seconds, warn
 from gpupool_sync.cli._connection import Connection
 from gpupool_sync.cli._running import (
     BY_SIGNAL,
@@ -131,7 +131,7 @@ def run_here(order: Order, endpoints: str | None, signals: Signals, connection: 
     # Before the wait of hours, not after it.
     if shutil.which(program) is None:
         found = os.path.exists(program) and os.sep in program
-        say(f"{program}: {'cannot be executed' if found else 'command not found'}")
+        complain(f"{program}: {'cannot be executed' if found else 'command not found'}")
         return CANNOT_RUN if found else NOT_FOUND
     with visible_as(order.terms.visible), working_pool(endpoints, progress=True) as pool:
         lost = Lost(order.terms)
@@ -192,8 +192,10 @@ def supervise(
         elif event is not None:
             state.pass_on(event)
         if lost is not None and (news := lost.news()) is not None:
-            say(f"{news}; " + (f"SIGTERM, and SIGKILL in {lost.grace:g} s" if lost.kill else "the command goes on"))
-            if lost.kill:
+            if not lost.kill:
+                warn(f"{news}; the command goes on")
+            else:
+                complain(f"{news}; the command is ended: SIGTERM, and SIGKILL in {lost.grace:g} s")
                 begun_to_kill, kill_at = True, time.monotonic() + lost.grace
                 process.terminate()
                 process.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
