@@ -486,6 +486,7 @@ def _claim(
         reserve=reserve,
         note=grant.note,
         emptied=_emptied(store, offers),
+        busy=_busy(state, request, offers),
     )
     sent_at = boottime()
     try:
@@ -510,7 +511,7 @@ def _claim(
     if not isinstance(outcome, Granted):
         if isinstance(outcome, Queued) and (grant.position is None or outcome.position < grant.position):
             grant.position = outcome.position
-        _look_whether_empty(state, store, offers)
+        _look_whether_empty(state, store, offers, claim.busy)
         return False
     lease = outcome.lease
     for each, cards in offers:
@@ -538,12 +539,18 @@ def _claim(
     return True
 
 
-def _look_whether_empty(state: PoolState, store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -> None:
-    """A closed card opens with a reading that shows it empty: let one come soon."""
+def _look_whether_empty(
+    state: PoolState, store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]], busy: Mapping[str, float]
+) -> None:
+    """
+    Let a reading come soon where one decides.
+
+    A closed card opens with a reading that shows it empty; so does one whose holder turned out to be dead.
+    """
     closed, engine = store.closed(), state.engine
-    if closed and engine is not None:
+    if (closed or busy) and engine is not None:
         for each, cards in offers:
-            if any(card.key in closed for card in cards):
+            if any(card.key in closed or (card.key in busy and not store.is_held(card.key)) for card in cards):
                 engine.monitor.nudge(each.endpoint.id)
 
 
@@ -596,6 +603,18 @@ def _emptied(store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -
         for card in cards
         if card.key in closed and is_empty(card.reading)
     }
+
+
+def _busy(state: PoolState, request: GPURequest, offers: Sequence[tuple[Seen, Sequence[Card]]]) -> Mapping[str, float]:
+    """Of the cards whose reading counts only if they have no holder: seconds since that reading."""
+    now = boottime()
+    busy: dict[str, float] = {}
+    for each, cards in offers:
+        vetoed = screened_for(state, each.snapshot, request).vetoed
+        if vetoed:
+            against = {card.key for card, _ in vetoed}
+            busy |= dict.fromkeys([card.key for card in cards if card.key in against], max(0.0, each.snapshot.age(now)))
+    return busy
 
 
 def _others(seen: Seen) -> list[Card]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from gpupool_sync import AcquireTimeout, bystanders
 from gpupool_sync.bystanders import Bystanders, Claimed
 from gpupool_sync.models import Card, ComputeProcess
 from helpers import eventually
+from test_host_processes import Worker
 
 PARENTS = Claimed(ours=False, shared=False, pids=frozenset({os.getppid()}))
 NOBODYS = Claimed(ours=False, shared=False, pids=frozenset())
@@ -113,6 +115,21 @@ def test_a_pool_watches_its_cards(monkeypatch, caplog):
     assert len(told(caplog)) == 1
 
 
+def test_a_pool_watches_itself(monkeypatch, caplog):
+    """Over a whole pool: our process is seen on the card that it does not hold."""
+    monkeypatch.setattr(bystanders, "_FIRST_NAMESPACE", os.readlink("/proc/self/ns/pid"))
+    cards = Cards(2)
+    with local_pool(monkeypatch, cards) as pool, pool.gpu(timeout=20) as gpu:
+        other = 1 - gpu.local_gpu_id
+        cards.set(other, processes=(ComputeProcess(os.getpid(), "me", 4000.0, "python"),))
+        eventually(lambda: told(caplog))
+        reads = cards.reads
+        eventually(lambda: cards.reads > reads + 3)
+    (line,) = told(caplog)
+    assert f"process {os.getpid()} (python) of me, of this program, computes on" in line
+    assert f":{other} without" in line
+
+
 # -- hygiene: what the last job left on the card -------------------------------------------------------------------
 
 
@@ -134,6 +151,41 @@ def test_a_card_whose_memory_does_not_fall_stays_closed_until_it_does(monkeypatc
             pool.acquire(timeout=0)
         cards.set(0, memory_used_mb=10.0, memory_usage_percent=0.0, processes=())
         pool.acquire(timeout=20).release()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(sys.platform != "linux", reason="flock")
+def test_after_a_crash_a_card_stays_closed_while_somebody_computes_on_it(monkeypatch, tmp_path):
+    """The kernel has freed the lock of the killed holder; what it left running keeps the card, till its end."""
+    left = ComputeProcess(4711, "ann", 70000.0, "trainer")
+    holder = Worker(tmp_path / "locks", 1, "night-run")
+    cards = Cards(1)
+    try:
+        assert holder.ask("acquire 60")["cards"] == ["GPU-00000000"]
+        with local_pool(monkeypatch, cards, lease_store=f"host:{tmp_path / 'locks'}") as pool:
+            cards.set(0, processes=(left,))
+            pool.refresh(timeout=20)
+            eventually(lambda: [card.code for card in pool.explain().cards] == ["held"])
+            holder.process.kill()
+            holder.process.wait(60)
+            # The record still names the dead holder: that this one is gone is found out by the claim.
+            with pytest.raises(AcquireTimeout):
+                pool.acquire(timeout=0)
+            eventually(lambda: [card.code for card in pool.explain().cards] == ["foreign-process"])
+            (verdict,) = pool.explain().cards
+            assert "used outside the pool: process 4711 (trainer) of ann" in verdict.text
+            with pytest.raises(AcquireTimeout, match=r"process 4711 \(trainer\) of ann"):
+                pool.acquire(timeout=1.5)
+            waiting: list[str] = []
+            waiter = threading.Thread(target=lambda: waiting.append(pool.acquire(timeout=60).uuid))
+            waiter.start()
+            eventually(lambda: pool.stats()["waiting"] == 1)
+            assert waiting == []
+            cards.set(0, processes=())
+            waiter.join(60)
+            assert waiting == ["GPU-00000000"]
+    finally:
+        holder.close()
 
 
 def test_a_granted_card_is_not_judged_by_its_holders_job(monkeypatch):

@@ -234,6 +234,53 @@ def test_a_closed_card_opens_after_a_while(store, clock):
     assert list(store.closed()) == []
 
 
+@pytest.mark.parametrize("share", [None, Share(places=2)], ids=["whole", "share"])
+def test_what_a_dead_holder_left_on_its_card(store, clock, tmp_path, share):
+    """A reading that speaks against the card shows the job of nobody who holds it: it counts, from the grant on."""
+    if isinstance(store, MemoryStore):
+        return  # holders of this store die with it
+    for age, answer in ((5.1, Granted), (4.9, Refused)):
+        dead = HostStore(str(tmp_path / "locks"), clock=clock)
+        dead.claim(claim("a", who="dead"))
+        clock.advance(5.0)
+        for held in dead._held.values():
+            for file in held.files:
+                file.close()  # the lock goes, the record stays: as when its process is killed
+        asked = claim("a", who="b", share=share, busy={"a": age})
+        outcome = store.claim(asked)
+        assert isinstance(outcome, answer)
+        store.release([asked.id])
+    assert outcome.reasons["a"].code == "in-use"
+    # Whoever looked before that one was found to be dead is not late with what it saw.
+    assert isinstance(store.claim(claim("a", who="c", share=share, busy={"a": 4.9})), Refused)
+    granted(store.claim(claim("a", who="b")))
+
+
+def test_who_finds_a_dead_holder_for_somebody_else_makes_no_release_of_it(clock, tmp_path):
+    """Its readings go on counting for the one who has waited longer."""
+    dead, older, other = (HostStore(str(tmp_path / "locks"), clock=clock) for _ in range(3))
+    dead.claim(claim("a", who="dead"))
+    waits = claim("a", who="older", queue=True)
+    assert isinstance(older.claim(waits), Queued)
+    clock.advance(5.0)
+    for held in dead._held.values():
+        for file in held.files:
+            file.close()
+    assert isinstance(other.claim(claim("a", who="other")), Refused)
+    assert older.released_at("a") == clock() - 5.0
+    assert isinstance(older.claim(attrs.evolve(waits, busy={"a": 4.9})), Queued)
+    granted(older.claim(attrs.evolve(waits, busy={"a": 5.1})))
+    for each in (dead, older, other):
+        each.close()
+
+
+def test_a_held_card_is_refused_as_held_whatever_readings_say(store):
+    """They show its holder's job."""
+    store.claim(claim("a", who="alice"))
+    outcome = store.claim(claim("a", who="bob", busy={"a": 0.1}))
+    assert outcome.reasons["a"].code == "held"
+
+
 def test_a_closed_card_does_not_keep_anybody_from_others(store):
     """What is free is granted; a share of a closed card is not."""
     revoked_and_let_go(store, "a")

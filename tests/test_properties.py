@@ -86,6 +86,7 @@ def claims(draw):
         reserve=draw(st.booleans()),
         note=draw(notes),
         emptied=draw(st.dictionaries(keys, seconds, max_size=2)),
+        busy=draw(st.dictionaries(keys, seconds, max_size=2)),
     )
 
 
@@ -176,6 +177,7 @@ FIELDS = st.sampled_from(
         "reserve",
         "note",
         "emptied",
+        "busy",
         "ids",
         "timeout",
         "key",

@@ -183,6 +183,7 @@ def claim_document(claim: Claim, ttl: float) -> dict[str, Any]:
         "reserve": claim.reserve,
         "note": claim.note,
         **({"emptied": dict(claim.emptied)} if claim.emptied else {}),
+        **({"busy": dict(claim.busy)} if claim.busy else {}),
     }
 
 
@@ -215,11 +216,15 @@ def read_claim(fields: Mapping[str, Any]) -> Claim:
         queue=_flag(fields.get("queue", False), "queue"),
         reserve=_flag(fields.get("reserve", True), "reserve"),
         note=_read_note(fields.get("note")),
-        emptied={
-            _text(key, "emptied", LONGEST_KEY): _seconds(age, "emptied")
-            for key, age in _object(fields.get("emptied", {}), "emptied").items()
-        },
+        emptied=_read_ages(fields, "emptied"),
+        busy=_read_ages(fields, "busy"),
     )
+
+
+def _read_ages(fields: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {
+        _text(key, name, LONGEST_KEY): _seconds(age, name) for key, age in _object(fields.get(name, {}), name).items()
+    }
 
 
 def revocation_document(key: str, token: int, by: str) -> dict[str, Any]:

@@ -398,9 +398,11 @@ def _take(file: _Descriptor, how: int) -> bool:
 class _Held:
     """A lease of this process with the descriptors that are its locks."""
 
-    __slots__ = ("files", "guard", "lease", "names", "promised", "written")
+    __slots__ = ("ended", "files", "guard", "lease", "names", "promised", "written")
 
-    def __init__(self, lease: Lease, files: list[_Descriptor], names: list[str]) -> None:
+    def __init__(
+        self, lease: Lease, files: list[_Descriptor], names: list[str], ended: Sequence[float | None] = ()
+    ) -> None:
         # Guards the descriptors of `files`: two threads that release one lease must not both use them. One of them
         # would unlock, or write into, whatever file got the same number in between. Held for a few short calls.
         self.guard = threading.Lock()
@@ -411,6 +413,8 @@ class _Held:
         self.written: list[bytes] = []
         #: Whether the card was kept for this ticket, so that its taking changes nothing for others.
         self.promised = False
+        #: Of each file: from when on readings show nothing of the holder before this one; None: there was none.
+        self.ended = ended
 
 
 class _Ticket:
@@ -724,7 +728,7 @@ class HostStore:
             if picked is not None:
                 return granted
             # Found, but somebody has waited longer: give it back as free, and tell them.
-            self._free(granted)
+            self._free(granted, unused=True)
             self._tell(queue, hinted, now)
         return None
 
@@ -777,7 +781,9 @@ class HostStore:
             raw = os.pread(locked[0][0].fd, RECORD_BYTES, 0)
             record = _ended(raw) or _parse(raw)
             if claim.share is None and (
-                self._spoken_for(record, locked[0][1], claim.id) or self._is_closed(wanted.key, record, claim.emptied)
+                self._spoken_for(record, locked[0][1], claim.id)
+                or self._is_closed(wanted.key, record, claim.emptied)
+                or self._left_in_use(wanted.key, record, claim.busy, locked[0][0])
             ):
                 locked[0][0].unlock()
                 continue
@@ -803,7 +809,7 @@ class HostStore:
             note=claim.note,
             granted_at=now,
         )
-        held = _Held(lease, files, names)
+        held = _Held(lease, files, names, [self._ended_at(record) for record in records])
         ticket = self._tickets.get(claim.id)
         if ticket is not None and len(records) == 1 and records[0] is not None:
             kept_for = records[0].get("for")
@@ -861,10 +867,13 @@ class HostStore:
             record = _read(card)
             whole = record is not None and record.get("share") is None
             emptied = claim.emptied if isinstance(claim, Claim) else {}
+            busy = claim.busy if isinstance(claim, Claim) else {}
+            live = self._live_shares(name, own)
             if (
                 (whole and self._spoken_for(record, name, claim.id))
                 or self._is_closed(wanted.key, record, emptied)
-                or not _fits(self._live_shares(name, own), share, wanted.room_mb)
+                or (not live and self._left_in_use(wanted.key, record, busy))
+                or not _fits(live, share, wanted.room_mb)
             ):
                 card.unlock()
                 return None
@@ -935,6 +944,36 @@ class HostStore:
         self._closed[key] = closed_at
         return not is_open(closed_at, emptied.get(key), now)
 
+    def _left_in_use(
+        self,
+        key: str,
+        record: Mapping[str, Any] | None,
+        busy: Mapping[str, float],
+        file: _Descriptor | None = None,
+    ) -> bool:
+        """
+        Whether a reading from after the card's last lease speaks against it: what that left behind may compute there.
+
+        A record that still says "held" is of a holder that died, as the lock is free; it is set right in its *file*, so
+        that everybody's readings count again.
+        """
+        age, ended = busy.get(key), self._ended_at(record)
+        if age is None or record is None or ended is None or self._clock() - age < ended:
+            return False
+        if file is not None and record.get("released_at") is None:
+            self._write(file, {**record, "released_at": ended})
+            self._records.pop(key, None)
+        return True
+
+    def _ended_at(self, record: Mapping[str, Any] | None) -> float | None:
+        """Of the record of a card whose lock is free: from when on readings are none of its holder's job."""
+        if record is None or record.get("boot") != self._boot:
+            return None
+        released = record.get("released_at")
+        # Of one that died nobody knows when: then those since its grant count.
+        ended = record.get("since") if released is None else released
+        return float(ended) if isinstance(ended, (int, float)) else None
+
     def _reopen(self, emptied: Mapping[str, float]) -> list[str]:
         """
         Open the closed cards that were seen empty, for everybody; returns them.
@@ -996,6 +1035,8 @@ class HostStore:
             holders = self.holders_of(wanted.key)
             if holders and (claim.share is None or holders[0].share is None):
                 reasons[wanted.key] = Reason("held", f"held by {holders[0].holder}")
+            elif not holders and wanted.key in claim.busy:
+                reasons[wanted.key] = Reason("in-use", "its last holder is gone, and a reading speaks against it")
             elif claim.share is not None:
                 reasons[wanted.key] = Reason("no-room", "no room is left for the share")
             else:
@@ -1206,7 +1247,9 @@ class HostStore:
                 return name
         return None
 
-    def _free(self, held: _Held, *, given_back: bool = True, promise: str | None = None) -> bool:
+    def _free(
+        self, held: _Held, *, given_back: bool = True, unused: bool = False, promise: str | None = None
+    ) -> bool:
         """Let go of the cards; whether the record says that the card is for the ticket *promise*."""
         promised = False
         now = self._clock()
@@ -1219,7 +1262,9 @@ class HostStore:
                     continue
                 # Nothing that goes wrong with a record may keep the card.
                 with contextlib.suppress(OSError, MemoryError):
-                    if given_back and held.written and held.lease.share is None:
+                    if unused and held.lease.share is None and held.ended[index] is not None:
+                        self._write(file, self._record_of(held.lease, name, released_at=held.ended[index]))
+                    elif given_back and held.written and held.lease.share is None:
                         # The same but for this; quotes inside of strings are escaped, so nothing else looks like it.
                         ended = f'"released_at":{now!r}'
                         if promise is not None and len(held.written[index]) < RECORD_BYTES - PROMISE_BYTES:

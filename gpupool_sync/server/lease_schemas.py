@@ -96,8 +96,15 @@ _CLAIM = as_object(
             "propertyNames": _KEY,
             "additionalProperties": _WAITED,
         },
+        "busy": {
+            "type": "object",
+            "description": "for cards that a reading speaks against unless it shows their holder's job: seconds since "
+            "that reading. Such a card is granted only if it was given back after it",
+            "propertyNames": _KEY,
+            "additionalProperties": _WAITED,
+        },
     },
-    optional=("count", "share", "waited", "queue", "reserve", "note", "emptied"),
+    optional=("count", "share", "waited", "queue", "reserve", "note", "emptied", "busy"),
 )
 _LEASE_INFO = as_object(
     {
