@@ -40,7 +40,8 @@ class GPUQueue:
     For scripts that hand out numbers by a ``multiprocessing.Manager().Queue()``: it is used in the same way and can be
     passed to other processes, but a process that dies with a number gives it back, and other users are kept out.
 
-    The numbers are those of nvidia-smi.  CUDA by default counts otherwise where the cards differ, so `get` sets
+    The numbers are those of nvidia-smi; MIG instances have none, and are left out.
+    CUDA by default counts otherwise where the cards differ, so `get` sets
     ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` in this process, unless the variable is set.
     """
 
@@ -93,7 +94,9 @@ class GPUQueue:
         others: list[str] = []
         good: list[str] = []
         for card in (card for each in cards.values() for card in each):
-            chosen = self._numbers is None or card.reading.local_gpu_id in self._numbers
+            # CUDA counts no MIG instances: by the number that we give one it would find nothing.
+            counted = not (card.reading.uuid or "").startswith("MIG-")
+            chosen = counted and (self._numbers is None or card.reading.local_gpu_id in self._numbers)
             (good if chosen else others).append(card.global_gpu_id)
         if others:
             request["exclude"] = [*_listed(request.get("exclude")), *others]

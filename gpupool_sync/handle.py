@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gpupool_sync import cuda
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, RemoteGPUError
-from gpupool_sync.models import Card, Snapshot
+from gpupool_sync.models import Card, GPUReading, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,8 @@ class _Handle:
         default the fastest first, so an index alone can name another card.
 
         Args:
-            visible: "uuid" (default) or "index", for programs that parse integers; also `GPU_POOL_VISIBLE`.
+            visible: "uuid" (default) or "index", for programs that parse integers; also `GPU_POOL_VISIBLE`.  A MIG
+                instance is named by its UUID all the same: CUDA counts none of them.
 
         Raises:
             RemoteGPUError: the GPU is in another machine, where other cards have these numbers.
@@ -283,11 +284,7 @@ class _Handle:
             raise ConfigError(f"GPU_POOL_VISIBLE or visible={visible!r}: uuid or index is allowed")
         if self._is_cpu:
             return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "", "NVIDIA_VISIBLE_DEVICES": "void"}
-        names = [
-            card.reading.uuid if visible == "uuid" and card.reading.uuid else str(card.reading.local_gpu_id)
-            for card in self._all_cards
-        ]
-        mask = ",".join(names)
+        mask = ",".join(_name_for_cuda(card.reading, visible) for card in self._all_cards)
         return {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "CUDA_VISIBLE_DEVICES": mask,
@@ -430,6 +427,11 @@ class _Handle:
     def _masked(self, kwargs: dict[str, Any]) -> dict[str, str]:
         given: Mapping[str, str] | None = kwargs.pop("env", None)
         return {**(os.environ if given is None else given), **self.env()}
+
+
+def _name_for_cuda(reading: GPUReading, visible: str) -> str:
+    by_uuid = reading.uuid is not None and (visible == "uuid" or reading.uuid.startswith("MIG-"))
+    return str(reading.uuid if by_uuid else reading.local_gpu_id)
 
 
 def _remove(commands: list[Command], command: Command) -> None:
@@ -582,6 +584,11 @@ class _Mask:
             self._grant = grant
             self._masked_to = tuple(card.reading.uuid for card in grant.cards if card.reading.uuid is not None)
             os.environ.update(handle.env())
+            try:
+                handle.check()  # a release on another thread may have come before there was a mask to undo
+            except LeaseLost:
+                self._restore_locked()
+                raise
         return "cuda:0"
 
     def _say_unmasked(self, found: str) -> None:

@@ -92,6 +92,19 @@ def test_some_of_the_numbers(pool, numbers, expected):
         queue.get_nowait()
 
 
+def test_mig_instances_have_no_number(monkeypatch):
+    """A script that masks itself by one would find no GPU at all."""
+    cards = Cards(2)
+    cards.set(1, uuid="MIG-41b35e14-77e5-5b29-bd82-a3d2b0c5bd1f", local_gpu_id=1100)
+    with local_pool(monkeypatch, cards) as pool:
+        queue = pool.as_queue()
+        assert queue.get(timeout=20) == 0
+        with pytest.raises(standard.Empty):
+            queue.get_nowait()
+        with pytest.raises(NoSuchGPU):
+            pool.as_queue([1100]).get(timeout=20)
+
+
 def test_a_number_that_is_not_there(pool):
     """Said at once, not waited for."""
     with pytest.raises(NoSuchGPU):

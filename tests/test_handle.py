@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from cards import Cards, local_pool
 from gpupool_sync import AcquireTimeout, ConfigError, GPUPoolError, LeaseLost, NoSuchGPU, RemoteGPUError, cuda, handle
 from gpupool_sync.models import HostIdentity
-from helpers import eventually
+from helpers import eventually, run_threads
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,15 @@ def test_the_form_of_the_mask_is_a_setting(pool, monkeypatch):
         assert gpu.env()["CUDA_VISIBLE_DEVICES"] == str(gpu.local_gpu_id)
 
 
+def test_a_mig_instance_has_no_number_that_cuda_knows(monkeypatch):
+    """By number CUDA would see nothing: it is named by its UUID whatever the setting."""
+    cards = Cards(1)
+    cards.set(0, uuid="MIG-41b35e14-77e5-5b29-bd82-a3d2b0c5bd1f", local_gpu_id=1100)
+    with local_pool(monkeypatch, cards) as pool, pool.gpu() as gpu:
+        for visible in ("uuid", "index"):
+            assert gpu.env(visible)["CUDA_VISIBLE_DEVICES"] == gpu.uuid
+
+
 def test_activate_masks_this_process_and_release_unmasks_it(pool):
     """The card is cuda:0 while we have it; afterwards the environment is as before."""
     with pool.gpu() as gpu:
@@ -82,6 +92,109 @@ def test_a_second_activation_is_refused_while_the_first_lease_lives(pool):
         one.release()
         assert two.activate() == "cuda:0"
         assert os.environ["CUDA_VISIBLE_DEVICES"] == two.uuid
+
+
+def test_threads_that_activate_at_once_are_right_or_refused(monkeypatch):
+    """Whose activation returned has the mask to itself until its release; the others are told who has it."""
+    wrong, outcomes = [], []
+
+    def use(_):
+        for _ in range(20):
+            with pool.gpu(timeout=20) as gpu:
+                try:
+                    assert gpu.activate() == "cuda:0"
+                except GPUPoolError as exc:
+                    outcomes.append("refused" if "masked to" in str(exc) else repr(exc))
+                    continue
+                outcomes.append("right")
+                mask = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"], gpu.device
+                if mask != (gpu.uuid, "PCI_BUS_ID", "cuda:0"):
+                    wrong.append((mask, gpu.uuid))
+
+    with local_pool(monkeypatch, Cards(8)) as pool:
+        run_threads(8, use)
+    assert wrong == []
+    assert set(outcomes) <= {"right", "refused"}
+    assert "right" in outcomes
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_release_while_activate_is_under_way_leaves_no_mask(pool, monkeypatch):
+    """The lease ends after the first look at it: nothing may be masked to a card that is somebody else's by now."""
+    gpu = pool.acquire(timeout=20)
+    cuda_initialised = cuda.initialised
+
+    def release_meanwhile():
+        monkeypatch.setattr(cuda, "initialised", cuda_initialised)
+        gpu.release()
+        return False
+
+    monkeypatch.setattr(cuda, "initialised", release_meanwhile)
+    with pytest.raises(LeaseLost, match="released before"):
+        gpu.activate()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    with pool.gpu(timeout=20) as other:
+        assert other.activate() == "cuda:0"
+
+
+#: The driver's library, as far as it is asked: initialised by anybody's `cuInit`, two devices in an order of its own.
+DRIVER = """
+#include <string.h>
+static int initialised;
+int cuInit(unsigned flags) { initialised = 1; return 0; }
+int cuCtxGetCurrent(void **context) { *context = 0; return initialised ? 0 : 3; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetUuid_v2(unsigned char *uuid, int device) { memset(uuid, device ? 0xaa : 0xbb, 16); return 0; }
+"""
+
+PROGRAM = """
+import ctypes, os, sys
+from cards import Cards
+from gpupool_sync import GPUPool, cuda, devices
+from gpupool_sync.leases.memory import MemoryStore
+cards = Cards(2)
+for number, byte in enumerate(("aa", "bb")):
+    cards.set(number, uuid="GPU-" + "-".join(byte * length for length in (4, 2, 2, 2, 6)))
+devices.open_reader = lambda: cards
+devices.host_identity = lambda: __import__("cards").HERE
+loaded = []
+def says():
+    return "libcuda" in open("/proc/self/maps").read(), cuda.initialised()
+with GPUPool(lease_store=MemoryStore()) as pool:
+    with pool.gpu() as gpu:
+        print(gpu.activate(), os.environ.get("CUDA_VISIBLE_DEVICES") == gpu.uuid, *says())
+    loaded = ctypes.CDLL("libcuda.so.1")  # some library is imported that uses CUDA
+    with pool.gpu() as gpu:
+        print(gpu.activate(), os.environ.get("CUDA_VISIBLE_DEVICES") == gpu.uuid, *says())
+    loaded.cuInit(0)  # and uses it
+    with pool.gpus(2) as gpus:
+        for gpu in sorted(gpus, key=lambda gpu: gpu.local_gpu_id):
+            print(gpu.activate(), "CUDA_VISIBLE_DEVICES" in os.environ, *says())
+print(sorted(set(sys.modules) & {"torch", "cupy", "jax", "tensorflow", "numba"}))
+"""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs /proc and a C compiler")
+def test_whoever_initialises_cuda_is_noticed(tmp_path):
+    """A real library of that name in a real process: loaded is not initialised, and nothing is loaded for the look."""
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = str(tmp_path / "libcuda.so.1")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "driver.c")], check=True)
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
+    environ |= {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "cuda:0 True False False",
+        "cuda:0 True True False",
+        "cuda:1 False True True",
+        "cuda:0 False True True",
+        "[]",
+    ]
+    assert done.stderr.count("cannot be masked") == 1
 
 
 def test_with_cuda_initialised_the_card_is_found_and_nothing_is_masked(pool, monkeypatch):
