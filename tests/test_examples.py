@@ -114,6 +114,39 @@ def test_recipes_on_simulated_gpus(fleet, arguments, what, number):
         pool.acquire(count=4, timeout=20).release()
 
 
+TORCHRUN = """
+import os, torch, torch.distributed
+torch.distributed.init_process_group("gloo")
+number, all_of_them = torch.ones(1), os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+torch.distributed.all_reduce(number)
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write(f"{number.item():.0f} {len(set(all_of_them))} {all_of_them[int(os.environ['LOCAL_RANK'])]}\\n")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+@needs("torch")
+def test_torchrun_on_several_gpus(fleet, tmp_path):
+    """`gpupool-sync run -n 4 -- torchrun --nproc-per-node=4 train.py`: each process has one of the four to itself."""
+    (tmp_path / "train.py").write_text(TORCHRUN)
+    ours, theirs = [sys.executable, "-m", "gpupool_sync"], [sys.executable, "-m", "torch.distributed.run"]
+    done = subprocess.run(
+        [*ours, "run", "-n", "4", "--", *theirs, "--standalone", "--nproc-per-node=4", str(tmp_path / "train.py")],
+        env={**os.environ, "GPU_SERVICE_ENDPOINTS": fleet.urls[0], "SEEN": str(tmp_path / "seen")},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [line[:2] for line in lines] == [["4", "4"]] * 4
+    assert len({line[2] for line in lines}) == 4
+    with GPUPool(fleet.urls) as pool:
+        pool.acquire(count=4, timeout=20).release()
+
+
 def test_the_old_script_is_changed_by_two_lines():
     """The import, and the queue: nothing else."""
     before, after = (code_of(EXAMPLES / f"legacy_{name}.py") for name in ("before", "after"))
