@@ -18,6 +18,14 @@ from pathlib import Path
 from gpupool_sync import GPUPool
 from helpers import eventually
 
+#: What a module sees that is imported for the first task, as CUDA programs are.
+MASK_AT_IMPORT = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
+
+
+def mask_at_import():
+    return MASK_AT_IMPORT
+
+
 #: Seconds after which what a test forgot ends by itself.
 PATIENCE = 60
 

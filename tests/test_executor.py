@@ -21,11 +21,14 @@ from gpupool_sync import executor as executor_module
 from gpupool_sync.executor import WorkerDied, WorkersBroken
 from gpupool_sync.testing import FakeFleet
 from helpers import eventually, run_threads
+from test_cli_run import PATH, terminal  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
 
 #: Seconds; bounds a hang.
 LONG = 60
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc; terminals as Linux has them")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,21 @@ def test_each_worker_has_a_gpu_of_its_own(pool, tmp_path):
         seen = {future.result(LONG) for future in futures}
     assert seen == {gpu.uuid for gpu in pool.status().gpus}
     assert pool.stats()["held"] == 0
+
+
+@linux
+def test_a_worker_is_masked_before_it_imports_anything(pool, monkeypatch):
+    """Also where we are masked ourselves: to its own GPU, not to ours."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "ours")
+    with pool.executor(max_workers=1) as executor:
+        mask, order = executor.submit(jobs.mask_at_import).result(LONG)
+        pid = executor.submit(os.getpid).result(LONG)
+        began_with = dict(
+            item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item
+        )
+    assert mask in {gpu.uuid for gpu in pool.status().gpus}
+    assert order == "PCI_BUS_ID"
+    assert began_with["CUDA_VISIBLE_DEVICES"] == mask
 
 
 def test_one_task_after_the_other_needs_one_gpu(pool):
@@ -350,6 +368,32 @@ def test_map_keeps_the_order(pool):
     seen = pool.map(jobs.what_i_see, range(5), progress=False)
     assert len(seen) == 5
     assert os.getpid() not in {pid for pid, _ in seen}
+
+
+@linux
+def test_map_shows_a_bar_on_a_terminal(fleet, terminal, tmp_path, monkeypatch):  # noqa: F811
+    """How many of how many; nothing of it stays. With `progress=False` there is none."""
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom gpupool_sync import GPUPool\nfrom executor_jobs import wait_for\nfrom pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        f"    with GPUPool({fleet.urls!r}) as pool:\n"
+        f"        first, later = Path({str(tmp_path)!r}) / 'first', Path({str(tmp_path)!r}) / 'later'\n"
+        "        pool.map(wait_for, [first, later], max_workers=1, progress=True)\n"
+        "        print('quiet from here', flush=True)\n"
+        "        pool.map(wait_for, [first, later], max_workers=1, progress=False)\n"
+        "        print('done')\n"
+    )
+    it = terminal(sys.executable, str(script))
+    it.see(b"wait_for")
+    (tmp_path / "first").touch()
+    it.see(b"50%")
+    (tmp_path / "later").touch()
+    it.see(b"done")
+    assert it.wait() == 0
+    assert b"wait_for" not in it.text.partition(b"quiet from here")[2]
+    assert it.text.count(b"\x1b[?25l") == it.text.count(b"\x1b[?25h"), "the cursor is shown again"
 
 
 def test_map_in_chunks(shared, tmp_path):
