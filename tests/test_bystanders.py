@@ -12,6 +12,7 @@ import pytest
 from cards import Cards, local_pool, reading
 from gpupool_sync import AcquireTimeout, bystanders
 from gpupool_sync.bystanders import Bystanders, Claimed
+from gpupool_sync.devices.base import DeviceError
 from gpupool_sync.models import Card, ComputeProcess
 from helpers import eventually
 from test_host_processes import Worker
@@ -191,11 +192,16 @@ def test_after_a_crash_a_card_stays_closed_while_somebody_computes_on_it(monkeyp
 def test_a_granted_card_is_not_judged_by_its_holders_job(monkeypatch):
     """What its holder fills it with says nothing against the holder's lease, nor against its next after a release."""
     cards = Cards(1)
-    with local_pool(monkeypatch, cards, poll_interval=3600.0, health_check_interval=3600.0) as pool:
+    with local_pool(monkeypatch, cards) as pool:
         with pool.gpu(timeout=20) as gpu:
             cards.set(0, memory_used_mb=80000.0, memory_usage_percent=98.0, utilization_percent=100.0)
             pool.refresh(timeout=20)
-            assert gpu.lost is None or not gpu.lost
-        cards.set(0, memory_used_mb=0.0, memory_usage_percent=0.0, utilization_percent=0.0)
+            assert not gpu.lost
+            cards.error = DeviceError("no newer reading")
         with pool.gpu(timeout=20):
             pass
+        # A reading from after the release counts.
+        cards.error = None
+        pool.refresh(timeout=20)
+        with pytest.raises(AcquireTimeout, match="memory usage 98 %"):
+            pool.acquire(timeout=0)

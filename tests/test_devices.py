@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import attrs
 import pytest
 
-from gpupool_sync import devices
+from gpupool_sync import GPUPool, NoSuchGPU, devices
 from gpupool_sync.devices import host as host_module
 from gpupool_sync.devices import nvml as nvml_module
 from gpupool_sync.devices.nvidia_smi import NvidiaSmiReader
@@ -21,6 +21,7 @@ from gpupool_sync.devices.nvml import NvmlReader
 from gpupool_sync.devices.simulated import SimulatedReader, memory_of, parse_cards
 from gpupool_sync.devices.visible import Mask
 from gpupool_sync.errors import ConfigError
+from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import GPUFault
 from helpers import eventually
 
@@ -505,6 +506,25 @@ class Smi:
 @pytest.fixture
 def smi(tmp_path):
     return Smi(tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "numbers"), [(None, [0, 1]), ("1", [1]), ("GPU-aa", [0]), ("", [])])
+def test_a_pool_offers_what_slurm_or_a_container_left_us(smi, monkeypatch, mask, numbers):
+    """A `CUDA_VISIBLE_DEVICES` that is set already limits this machine's own cards, which keep their numbers."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    monkeypatch.setattr(devices, "open_reader", lambda: NvidiaSmiReader(str(smi.program)))
+    with GPUPool(lease_store=MemoryStore()) as pool:
+        assert [gpu.local_gpu_id for gpu in pool.status().gpus] == numbers
+        if not numbers:
+            with pytest.raises(NoSuchGPU):
+                pool.acquire(timeout=20)
+        else:
+            with pool.gpus(len(numbers), timeout=20, busy_ok=True) as gpus:
+                assert sorted(gpus.env("index")["CUDA_VISIBLE_DEVICES"].split(",")) == [str(each) for each in numbers]
+            with pytest.raises(NoSuchGPU):
+                pool.acquire(count=len(numbers) + 1, timeout=20)
 
 
 def test_smi_reads_every_field(smi):
