@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from gpupool_sync.clock import boottime
@@ -30,6 +31,8 @@ RETRY = 1.0 / 20.0
 MAX_AT_ONCE = 32
 #: Seconds that the thread sleeps at most: clocks that count suspend go on while timers stand still.
 LONGEST_SLEEP = 1.0
+#: Seconds that the thread stays with nothing to keep: where leases are short, one thread does for many of them.
+LINGER = 2.0
 
 #: `Keeper.good_until` of a lease that is lost.
 LOST = -math.inf
@@ -55,8 +58,9 @@ class Keeper:
     """
     Keeps the leases of one pool.
 
-    One thread watches the clock; it starts with the first lease and ends soon after the last.  Each arbiter is
-    asked on a thread of its own, by one request for all of its leases, so that one that hangs delays no other.
+    One thread watches the clock; it starts with the first lease and ends `LINGER` seconds after the last.  Each
+    arbiter is asked on a thread of its own, by one request for all of its leases, so that one that hangs delays no
+    other.
 
     Args:
         on_lost: called with a lease's id when it is lost, once, on the keeper's thread; what it raises is logged.
@@ -82,6 +86,7 @@ class Keeper:
         self._kept: dict[str, _Kept] = {}
         self._busy: set[int] = set()  # ids of the stores that are being asked
         self._woken = False
+        self._wakes_at = math.inf  # by the clock, when the thread looks again by itself; while it is awake: inf
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -94,17 +99,18 @@ class Keeper:
             sent_at: `clock.boottime` before the claim was sent that was granted.
         """
         with self._lock:
-            self._kept[lease_id] = _Kept(lease_id, store, ttl, sent_at)
-            self._woken = True
-            self._changed.notify_all()
-        self.ensure_running()
+            self._kept[lease_id] = kept = _Kept(lease_id, store, ttl, sent_at)
+            if kept.due < self._wakes_at:  # rarely: it is due in a third of its ttl
+                self._woken = True
+                self._changed.notify_all()
+            running = self._thread is not None
+        if not running:
+            self.ensure_running()
 
     def remove(self, lease_id: str) -> None:
         """Keep it no more: before it is released. Idempotent."""
         with self._lock:
             self._kept.pop(lease_id, None)
-            if not self._kept:
-                self._changed.notify_all()
 
     def good_until(self, lease_id: str) -> float | None:
         """
@@ -161,6 +167,7 @@ class Keeper:
             raise
 
     def _keep(self) -> None:
+        idle_since: float | None = None
         while True:
             try:
                 pause = self.step()
@@ -170,12 +177,21 @@ class Keeper:
             with self._changed:
                 if self._stopping:
                     return
-                if not self._kept:
-                    # Decided under the lock: whoever adds one now starts another thread.
-                    self._thread = None
-                    return
+                if self._kept:
+                    idle_since = None
+                else:
+                    now = time.monotonic()
+                    idle_since = now if idle_since is None else idle_since
+                    pause = idle_since + LINGER - now
+                    if pause <= 0.0:
+                        # Decided under the lock: whoever adds one now starts another thread.
+                        self._thread = None
+                        return
                 if not self._woken:
+                    pause = min(pause, LONGEST_SLEEP)
+                    self._wakes_at = self._clock() + pause
                     self._changed.wait(pause)
+                    self._wakes_at = math.inf
                 self._woken = False
 
     def step(self) -> float:
