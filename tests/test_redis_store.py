@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -689,7 +690,7 @@ def test_the_short_way_leaves_the_same_behind(shared_server, namespace, clock):
             def noted(name, body, *usual, ask=ask):
                 answer = ask(name, body, *usual)
                 if isinstance(answer, list):
-                    short.add(name)
+                    short.add(name if answer[0] else f"{name}: refused")
                 return answer
 
             store._told = noted
@@ -723,7 +724,55 @@ def test_the_short_way_leaves_the_same_behind(shared_server, namespace, clock):
                 told.append((type(exc), str(exc)))
         assert told[0] == told[1], number
         assert left(RedisStore) == left(OnlyTheLongWay), number
-    assert short == {"claim", "release"}
+    assert short == {"claim", "release", "take", "take: refused"}
     for store in made.values():
         store.close()
     client.close()
+
+
+def test_a_short_refusal_tells_who_has_the_cards(store):
+    """Nothing is known here of others' leases until a claim is refused; also while somebody waits."""
+    stranger = RedisStore(store._url, namespace=store._prefix[1:-2], quarantine=0.0, clock=store._test_clock)
+    stranger.claim(claim("a", id="theirs", note="a long job"))
+    stranger.claim(claim("a", id="waits", queue=True))
+    assert not store.is_held("a")
+
+    assert store.claim(claim("a", id="mine")).reasons["a"].code == "held"
+    (info,) = store.holders_of("a")
+    assert info.note == "a long job"
+    assert info.cards == ("a",)
+    assert store.crowded()
+
+    stranger.release(["waits"])
+    stranger.release(["theirs"])
+    assert granted(store.claim(claim("a", id="next"))) == ("a",)
+    assert not store.crowded()
+
+
+def test_an_exchange_that_was_broken_off_answers_no_later_question(store, monkeypatch):
+    """Ctrl-C between question and answer: what the server says to it is not taken for the answer to the next."""
+    store.claim(claim("a", id="before"))
+    (connection,) = store._idle
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        patch.setattr(connection, "read_response", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.release(["before"])
+    assert granted(store.claim(claim("b", id="after"))) == ("b",)
+    assert [info.cards for info in store.leases()] == [("b",)]
+
+
+def test_connections_that_were_closed_meanwhile_are_opened_anew(store):
+    """A server, or a firewall, may end a connection that nobody has used for a while."""
+    import redis
+
+    store.claim(claim("a", id="before"))
+    with contextlib.closing(redis.Redis.from_url(store._url)) as client:
+        client.client_kill_filter(_type="normal", skipme=True)
+    store.release(["before"])
+    store.close()
+    assert granted(store.claim(claim("a", id="after"))) == ("a",)
+    assert len(store._idle) == 1

@@ -22,7 +22,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -85,10 +86,29 @@ MAX_USUAL = 1000
 MAX_REASONS = 64
 _MAX_ENDED = 10_000
 
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+# What the scripts are told of the above, where they are written.
+_CONSTANTS = {
+    "answer": _us(ANSWER_TIME),
+    "reserve_time": _us(RESERVE_TIME),
+    "forward": _us(MAX_FORWARD),
+    "gone": _us(GONE_TIME),
+    "hint_ms": int(HINT_TIME * 1000),
+    "closed": _us(CLOSED_TIME),
+    "max_reasons": MAX_REASONS,
+}
+_K = "local K = {" + ", ".join(f"{name} = {number}" for name, number in _CONSTANTS.items()) + "}\n"
+
 # Times are whole microseconds, which a Lua number holds exactly; to JSON they go as text, as cjson rounds to 14 digits.
 # A lease is {h: holder, c: cards, t: token, m: mode, a: amount, n: note, g: granted, l: ttl, r: revoked by}, a ticket
 # {place, first, seq, hinted, spoke, to: list of hints, fp: of what it wants, h, count, m, a, reserve, n}.
-_PRELUDE = """
+_PRELUDE = (
+    _K
+    + """
 local base = string.sub(KEYS[1], 1, -6)
 local now
 if ARGV[1] ~= '' then
@@ -136,10 +156,11 @@ local function closed_until(connected)
   return till
 end
 """
+)
 
-# Most claims and releases are of one whole card while nobody waits and nothing has expired or is closed. These come
-# first in their scripts and do only what is left to do then, in the same data; where anything else is the case they
-# change nothing, and the script goes on: its functions alone cost more to make than all of this.
+# Most claims and releases are of one whole card while nothing has expired or is closed. These come first in their
+# scripts and do only what is left to do then, in the same data; where anything else is the case they change nothing,
+# and the script goes on: its functions alone cost more to make than all of this.
 _USUAL = """
 local base = string.sub(KEYS[1], 1, -6)
 local now = ARGV[1]
@@ -150,17 +171,21 @@ else
   now = tonumber(now)
 end
 local id = ARGV[5]
-local usual = id ~= '' and redis.call('EXISTS', base .. 'closed', base .. 'order') == 0
+local usual = id ~= '' and redis.call('EXISTS', base .. 'closed') == 0
 if usual then
   local first = redis.call('ZRANGE', base .. 'expires', 0, 0, 'WITHSCORES')
   usual = not first[1] or tonumber(first[2]) > now
 end
+local function waited_for() return redis.call('EXISTS', base .. 'order') == 1 end
 """
 
+# A card that is free while nobody waits.
 _USUAL_CLAIM = (
     _USUAL
     + """
+local crowded, takens = false, {}
 if usual then
+  crowded = waited_for()
   local epoch = redis.call('HMGET', base .. 'epoch', 'until', 'run')
   usual = epoch[1] and tonumber(epoch[1]) <= now
     and redis.call('HEXISTS', base .. 'leases', id) == 0 and not redis.call('ZSCORE', base .. 'gone', id)
@@ -168,8 +193,11 @@ end
 if usual then
   local keys = {}
   for key in string.gmatch(ARGV[6], '[^\\n]+') do keys[#keys + 1] = key end
-  for i, taken in ipairs(redis.call('HMGET', base .. 'cards', unpack(keys))) do
+  takens = redis.call('HMGET', base .. 'cards', unpack(keys))
+  for i, taken in ipairs(takens) do
     if not taken then
+      usual = not crowded
+      if not usual then break end
       local key, ttl = keys[i], tonumber(ARGV[8])
       local token = math.max(tonumber(redis.call('GET', base .. 'token') or 0) + 1, math.floor(now / 1000))
       local told = string.format('%.0f', token)
@@ -186,10 +214,39 @@ end
 """
 )
 
+# A script of its own, for claims without a ticket: what all else needs to know is sent only if it answers nothing.
+# Where all cards are taken it refuses, whoever waits.
+_TAKE = (
+    _USUAL_CLAIM
+    + """
+if not usual or (crowded and redis.call('HEXISTS', base .. 'tickets', id) == 1) then return false end
+local ids, listed, infos = {}, {}, {}
+for i, taken in ipairs(takens) do
+  if i > tonumber(ARGV[4]) then break end
+  for _, each in ipairs(cmsgpack.unpack(taken)) do
+    if not listed[each[1]] then
+      listed[each[1]] = true
+      ids[#ids + 1] = each[1]
+    end
+  end
+end
+local text = function(number) return string.format('%.0f', number) end
+for i, raw in ipairs(redis.call('HMGET', base .. 'leases', unpack(ids))) do
+  if raw then
+    local lease = cmsgpack.unpack(raw)
+    local left = tonumber(redis.call('ZSCORE', base .. 'expires', ids[i]) or now) - now
+    infos[#infos + 1] = {h = lease.h, c = lease.c, t = text(lease.t), m = lease.m,
+      a = string.format('%.17g', lease.a), n = lease.n, age = text(now - lease.g), left = text(left), l = text(lease.l)}
+  end
+end
+return {'', cjson.encode(infos), crowded and '1' or '0'}
+"""
+)
+
 _USUAL_RELEASE = (
     _USUAL
     + """
-if usual then
+if usual and not waited_for() then
   local raw = redis.call('HGET', base .. 'leases', id)
   local lease = raw and cmsgpack.unpack(raw)
   if lease and not lease.r and lease.m == 'whole' and #lease.c == 1 then
@@ -400,7 +457,7 @@ local function hint(t)
     local list = base .. 'hints:' .. t.to
     redis.call('LPUSH', list, cjson.encode({t.id, some(freed), some(given)}))
     redis.call('LTRIM', list, 0, 4095)
-    redis.call('PEXPIRE', list, body.hint_ms)
+    redis.call('PEXPIRE', list, K.hint_ms)
   end
 end
 
@@ -427,9 +484,9 @@ local function serve(plan, place, seq, contested)
     if next(free) == nil then return end
     local t = ticket_at(i)
     if t and place and (t.place > place or (t.place == place and t.seq >= seq)) then return end
-    if t and (not t.hinted or now - t.hinted < body.answer) then
+    if t and (not t.hinted or now - t.hinted < K.answer) then
       local greedy = t.count > 1 or t.m == 'whole'
-      local collects = not head_found and greedy and t.reserve and now - t.spoke < body.reserve_time
+      local collects = not head_found and greedy and t.reserve and now - t.spoke < K.reserve_time
       head_found = head_found or (collects and t.count > 1)
       local w = wanted_by(t)
       if touches(w.keys, free) then
@@ -465,7 +522,7 @@ local function pass_on()
   hinting = false
 end
 
-local function forget(id) redis.call('ZADD', GONE, text(now + body.gone), id) end
+local function forget(id) redis.call('ZADD', GONE, text(now + K.gone), id) end
 local function drop_lease(id, released)
   local raw = redis.call('HGET', LEASES, id)
   if not raw then return end
@@ -500,7 +557,7 @@ local function sweep()
   end
   for key, at in pairs(closed or {}) do
     local age = body.emptied and body.emptied[key]
-    if now - at >= body.closed or (age and now - tonumber(age) > at) then
+    if now - at >= K.closed or (age and now - tonumber(age) > at) then
       closed[key] = nil
       redis.call('HDEL', CLOSED, key)
       freed[key] = true
@@ -530,6 +587,7 @@ local function shown(id, lease)
 end
 local function answer(result)
   result.told, result.freed, result.given, result.closed = told, some(freed), some(given), closed_ages()
+  result.crowded = redis.call('EXISTS', ORDER) == 1
   return cjson.encode(result)
 end
 local till = closed_until(false)
@@ -595,7 +653,7 @@ if body.queue then
     redis.call('ZADD', ORDER, text(mine.place), member(mine))
     tickets[id], order = mine, nil
   else
-    local place = math.max(mine.first - body.forward, math.min(mine.place, now - body.waited))
+    local place = math.max(mine.first - K.forward, math.min(mine.place, now - body.waited))
     if place < mine.place then
       mine.place = place
       redis.call('ZADD', ORDER, text(place), member(mine))
@@ -621,7 +679,7 @@ end
 local reasons, infos, listed = {}, {}, {}
 for _, group in ipairs(groups) do
   for _, wanted in ipairs(group) do
-    if #reasons >= body.max_reasons then break end
+    if #reasons >= K.max_reasons then break end
     local list = on(wanted[1])
     local holder, code = false, 'queue'
     if #list > 0 then code = 'held'
@@ -700,7 +758,7 @@ for i = 1, #all, 2 do infos[#infos + 1] = shown(all[i], cmsgpack.unpack(all[i + 
 local times = redis.call('HGETALL', RELEASED)
 for i = 1, #times, 2 do
   local age = now - tonumber(times[i + 1])
-  if age > body.gone then
+  if age > K.gone then
     redis.call('HDEL', RELEASED, times[i])
   else
     released[#released + 1] = {times[i], text(age)}
@@ -726,39 +784,28 @@ return answer({queue = list})
 class _Script:
     __slots__ = ("sha", "text")
 
-    def __init__(self, text: str, usual: str = "") -> None:
-        # A block of its own: a chunk of Lua may have 200 local names.
-        self.text = f"do\n{usual}\nend\n{_PRELUDE}{_LIBRARY}{text}" if usual else _PRELUDE + _LIBRARY + text
+    def __init__(self, text: str) -> None:
+        self.text = text
         self.sha = hashlib.sha1(self.text.encode()).hexdigest()  # noqa: S324 - the name that Redis gives it
 
 
+def _whole(text: str, usual: str = "") -> _Script:
+    # The usual in a block of its own: a chunk of Lua may have 200 local names.
+    return _Script(f"do\n{usual}\nend\n{_PRELUDE}{_LIBRARY}{text}" if usual else _PRELUDE + _LIBRARY + text)
+
+
 _SCRIPTS = {
-    "claim": _Script(_CLAIM, _USUAL_CLAIM),
-    "release": _Script(_RELEASE, _USUAL_RELEASE),
-    "renew": _Script(_RENEW),
-    "revoke": _Script(_REVOKE),
-    "leases": _Script(_LEASES),
-    "queue": _Script(_QUEUE),
+    "take": _Script(_TAKE),
+    "claim": _whole(_CLAIM, _USUAL_CLAIM),
+    "release": _whole(_RELEASE, _USUAL_RELEASE),
+    "renew": _whole(_RENEW),
+    "revoke": _whole(_REVOKE),
+    "leases": _whole(_LEASES),
+    "queue": _whole(_QUEUE),
 }
 
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)
-
-
-#: What every script may need to know.
-_CONSTANTS = {
-    "answer": _us(ANSWER_TIME),
-    "reserve_time": _us(RESERVE_TIME),
-    "forward": _us(MAX_FORWARD),
-    "gone": _us(GONE_TIME),
-    "hint_ms": int(HINT_TIME * 1000),
-    "closed": _us(CLOSED_TIME),
-    "max_reasons": MAX_REASONS,
-}
-
-
-_CONSTANTS_TEXT = json.dumps(_CONSTANTS, separators=(",", ":"))[:-1]
+#: In the place of a body, for a script that needs none.
+_NO_BODY = str(MAX_REASONS)
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -774,14 +821,33 @@ class _Held:
         return self.renewed_at + (self.lease.ttl or 0.0)
 
 
-@attrs.frozen
 class _Known:
-    """A lease as the server told of it."""
+    """A lease as the server told of it: most of them nobody looks at."""
 
-    info: LeaseInfo
-    since_at: float
-    expires_at: float
-    read_at: float
+    __slots__ = ("_info", "_told", "expires_at", "read_at", "since_at")
+
+    def __init__(self, told: Mapping[str, Any], now: float) -> None:
+        self._told = told
+        self._info: LeaseInfo | None = None
+        self.read_at = now
+        self.since_at = now - float(told["age"]) / 1e6
+        self.expires_at = now + float(told["left"]) / 1e6
+
+    @property
+    def info(self) -> LeaseInfo:
+        """What was told, at the time that it was read."""
+        if self._info is None:
+            told = self._told
+            self._info = LeaseInfo(
+                cards=tuple(told["c"]),
+                holder=_holder_from(told["h"]),
+                token=int(told["t"]),
+                share=_share(told["m"], float(told["a"])),
+                note=told["n"] or None,
+                since=max(0.0, self.read_at - self.since_at),
+                expires_in=max(0.0, self.expires_at - self.read_at),
+            )
+        return self._info
 
 
 class RedisStore:
@@ -823,7 +889,7 @@ class RedisStore:
         self._ttl = min(ttl, MAX_TTL)
         self._prefix = f"{{{namespace}}}:"
         self._epoch = f"{self._prefix}epoch"
-        self._quarantine = _us(quarantine)
+        self._quarantine = str(_us(quarantine))
         self._test_clock = clock
         self._clock = boottime if clock is None else clock
         self._warned = False
@@ -844,6 +910,9 @@ class RedisStore:
         self._closed: Mapping[str, float] = {}  # card key -> when it was closed, as last read; replaced, never changed
         self._released_at: dict[str, float] = {}
         self._refreshed_at = -math.inf
+        self._crowded_at = -math.inf  # when it was last told that somebody waits
+        #: Connections that nobody uses at present, those that are closed as well. A deque: its methods are atomic.
+        self._idle: deque[Any] = deque()
         self._me = os.urandom(8).hex()
         failed = False
         try:
@@ -863,7 +932,7 @@ class RedisStore:
             socket_timeout=timeout,
             socket_connect_timeout=CONNECT_TIMEOUT,
             health_check_interval=0,
-            max_connections=10_000,
+            max_connections=2**31,
             # Every script is idempotent. Once, for a connection that the server has closed since; never after a
             # timeout, which would double the time that a caller waits.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
@@ -873,7 +942,7 @@ class RedisStore:
     def _greet(self, connection: Any) -> None:
         """First on each connection: a restart breaks them all, so nothing is asked of a server before it is judged."""
         connection.on_connect()
-        connection.send_command("EVAL", _HELLO, 1, f"{self._prefix}epoch", *self._arguments({}))
+        connection.send_command("EVAL", _HELLO, 1, self._epoch, *self._arguments("{}"))
         policy = connection.read_response()
         if policy != "noeviction" and not self._warned:
             self._warned = True
@@ -888,27 +957,31 @@ class RedisStore:
 
     # -- asking ------------------------------------------------------------------------------------------------
 
-    def _arguments(self, body: Mapping[str, Any]) -> tuple[str, str, int, str]:
+    def _arguments(self, body: str) -> tuple[str, str, str, str]:
         now = "" if self._test_clock is None else str(_us(self._test_clock()))
-        text = f"{_CONSTANTS_TEXT},{_dump(body)[1:]}" if body else f"{_CONSTANTS_TEXT}}}"
-        return now, self._me, self._quarantine, text
+        return now, self._me, self._quarantine, body
 
     def _ask(self, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
         answer = self._told(name, body)
         assert isinstance(answer, dict)
         return answer
 
-    def _told(self, name: str, body: Mapping[str, Any], *usual: str) -> dict[str, Any] | list[str]:
-        """What the script answers; a list where it was as *usual*, and that is all there was to do."""
+    def _told(self, name: str, body: Mapping[str, Any] | None, *usual: str) -> dict[str, Any] | list[str] | None:
+        """
+        What the script answers; a list where it was as *usual*, and that is all there was to do.
+
+        None: a script that does nothing else (without a *body*) found that it was not.
+        """
         script = _SCRIPTS[name]
-        arguments = (1, self._epoch, *self._arguments(body), *usual)
+        arguments = (*self._arguments(_NO_BODY if body is None else _dump(body)), *usual)
         failure: Exception | None = None  # raised from outside its handler, which would chain it in any case
         try:
             try:
-                raw = self._client.execute_command("EVALSHA", script.sha, *arguments)
+                raw = self._exchange("EVALSHA", script.sha, "1", self._epoch, *arguments)
             except redis.exceptions.NoScriptError:
-                raw = self._client.execute_command("EVAL", script.text, *arguments)
-            if isinstance(raw, list):
+                raw = self._exchange("EVAL", script.text, "1", self._epoch, *arguments)
+            if raw is None or isinstance(raw, list):
+                self._crowded_at = -math.inf
                 return raw
             answer = json.loads(raw)
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
@@ -917,11 +990,45 @@ class RedisStore:
             raise self._error(failure)
         now = self._clock()
         self._closed = {key: now - float(age) / 1e6 for key, age in answer["closed"].items()}
+        self._crowded_at = self._clock() if answer["crowded"] else -math.inf
         if answer["freed"]:
             self._note_freed(answer["freed"], answer["given"] or ())
         if answer["told"]:
             self._hints.tell(answer["told"])
         return dict(answer)
+
+    def _exchange(self, *arguments: str) -> Any:
+        """
+        Send a command and return what is answered.
+
+        By redis-py's connections, not by its client: that one looks before each command whether the connection still
+        stands, and counts what it does, for half as much again as the exchange costs.  A connection that was closed
+        since is told by its error, and opened anew.
+        """
+        parts = [b"*%d\r\n" % len(arguments)]
+        for argument in arguments:
+            each = argument.encode()
+            parts.append(b"$%d\r\n%b\r\n" % (len(each), each))
+        packed = [b"".join(parts)]
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._client.connection_pool.make_connection()
+
+        def ask() -> Any:
+            connection.send_packed_command(packed)
+            return connection.read_response()
+
+        try:
+            return connection.retry.call_with_retry(ask, lambda error: connection.disconnect())
+        except redis.ResponseError:
+            raise  # it has been read to its end
+        except BaseException:
+            # Whatever comes yet is not the answer to the next question.
+            connection.disconnect()
+            raise
+        finally:
+            self._idle.append(connection)
 
     def _error(self, exc: Exception) -> LeaseStoreError:
         told = self._redacted(str(exc))
@@ -954,9 +1061,14 @@ class RedisStore:
         usual = ("", "")
         if mode == "whole" and claim.count == 1 and 0 < len(keys) <= MAX_USUAL and names.count("\n") == len(keys) - 1:
             usual = (claim.id, names)
-        answer = self._told(
-            "claim",
-            {
+        note = None if claim.note is None else claim.note[:200]
+        alone = (who, str(_us(ttl)), "" if note is None else f"={note}")
+        answer: dict[str, Any] | list[str] | None = None
+        if usual[0] and not claim.queue:
+            answer = self._told("take", None, *usual, *alone)
+            usual = ("", "")
+        if answer is None:
+            body = {
                 "id": claim.id,
                 "h": who,
                 "count": claim.count,
@@ -968,17 +1080,19 @@ class RedisStore:
                 "waited": _us(min(max(claim.waited, 0.0), 1e9)),
                 "queue": claim.queue,
                 "reserve": claim.reserve,
-                "n": False if claim.note is None else claim.note[:200],
-                **({"emptied": {key: str(_us(age)) for key, age in claim.emptied.items()}} if claim.emptied else {}),
+                "n": False if note is None else note,
                 "ticket": _us(TICKET_TTL * max(1.0, len(self._tickets) / MANY_WAITERS)),
-            },
-            *usual,
-            who,
-            str(_us(ttl)),
-            "" if claim.note is None else f"={claim.note[:200]}",
-        )
+            }
+            if claim.emptied:
+                body["emptied"] = {key: str(_us(age)) for key, age in claim.emptied.items()}
+            answer = self._told("claim", body, *usual, *alone)
+        assert answer is not None
         if isinstance(answer, list):
             self._closed = {}
+            if not answer[0]:
+                if answer[2] == "1":
+                    self._crowded_at = self._clock()
+                return self._refused_short(keys, json.loads(answer[1]))
             told = {"c": answer[:1], "t": answer[1], "age": 0, "left": _us(ttl), "l": _us(ttl)}
             return Granted(self._enter(claim, told, sent))
         status = answer["s"]
@@ -998,6 +1112,16 @@ class RedisStore:
             return Refused({key: Reason("quarantine", text) for key in keys})
         self._learn(answer["infos"] or (), keys)
         return Refused({key: _reason(code, held_by) for key, code, held_by in answer["reasons"]})
+
+    def _refused_short(self, keys: Sequence[str], infos: Iterable[Mapping[str, Any]]) -> Refused:
+        """All of *keys* are taken, by the leases that are told."""
+        keys = keys[:MAX_REASONS]
+        holders: dict[str, str] = {}
+        for told in infos:
+            for key in told["c"]:
+                holders.setdefault(key, told["h"])
+        self._learn(infos, keys)
+        return Refused({key: _reason("held", holders.get(key)) for key in keys})
 
     def _enter(self, claim: Claim, told: Mapping[str, Any], sent: float) -> Lease:
         token = int(told["t"])
@@ -1150,25 +1274,16 @@ class RedisStore:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    def _learn(self, infos: Iterable[Mapping[str, Any]], keys: Iterable[str] | None) -> list[LeaseInfo]:
+    def _learn(self, infos: Iterable[Mapping[str, Any]], keys: Iterable[str] | None) -> list[_Known]:
         """Remember what the server told of *keys* (None: of every card)."""
         now = self._clock()
-        found: list[LeaseInfo] = []
+        found: list[_Known] = []
         by_key: dict[str, list[_Known]] = {}
         for told in infos:
-            age, left = float(told["age"]) / 1e6, float(told["left"]) / 1e6
-            info = LeaseInfo(
-                cards=tuple(told["c"]),
-                holder=_holder_from(told["h"]),
-                token=int(told["t"]),
-                share=_share(told["m"], float(told["a"])),
-                note=told["n"] or None,
-                since=max(0.0, age),
-                expires_in=max(0.0, left),
-            )
-            found.append(info)
-            for key in info.cards:
-                by_key.setdefault(key, []).append(_Known(info, now - age, now + left, now))
+            known = _Known(told, now)
+            found.append(known)
+            for key in told["c"]:
+                by_key.setdefault(key, []).append(known)
         with self._lock:
             if keys is None:
                 self._known.clear()
@@ -1190,7 +1305,7 @@ class RedisStore:
         return [held for held in found if held is not None and now < held.expires_at]
 
     def crowded(self) -> bool:
-        return False
+        return self._clock() - self._crowded_at < BELIEVED
 
     def is_held(self, key: str) -> bool:
         if key not in self._mine and key not in self._known:
@@ -1233,7 +1348,7 @@ class RedisStore:
         with self._lock:
             for key, age in answer["released"] or ():
                 self._released_at[key] = max(now - float(age) / 1e6, self._released_at.get(key, -math.inf))
-        return found
+        return [known.info for known in found]
 
     def queue(self) -> Sequence[TicketInfo]:
         return [
@@ -1253,15 +1368,22 @@ class RedisStore:
 
     def forget_after_fork(self) -> None:
         """The parent's leases are not ours, and its connections are not used: answers to both would be mixed up."""
-        _inherited.append((self._client, self._listening))
+        _inherited.append((self._client, self._listening, self._idle))
         self._hints = Subscribers()
         self._fresh_state()
 
     def close(self) -> None:
         """Close the connections that nobody is using now; the store can be used again."""
-        for client in (self._client, self._listening):
+        for _ in range(len(self._idle)):
+            try:
+                connection = self._idle.popleft()  # so that nobody takes it meanwhile
+            except IndexError:
+                break
             with contextlib.suppress(redis.RedisError, OSError):
-                client.connection_pool.disconnect(inuse_connections=False)
+                connection.disconnect()
+            self._idle.append(connection)
+        with contextlib.suppress(redis.RedisError, OSError):
+            self._listening.connection_pool.disconnect(inuse_connections=False)
 
 
 def _mode(share: Share | None) -> tuple[str, float]:
@@ -1278,6 +1400,7 @@ def _share(mode: str, amount: float) -> Share | None:
     return Share(places=int(amount)) if mode == "places" else Share(memory_mb=amount)
 
 
+@lru_cache(4096)
 def _reason(code: str, held_by: Any) -> Reason:
     if code == "held":
         return Reason("held", f"held by {_holder_from(held_by) if held_by else 'somebody'}")
@@ -1288,10 +1411,12 @@ def _reason(code: str, held_by: Any) -> Reason:
     return Reason("queue", "kept for somebody who has waited longer")
 
 
+@lru_cache(4096)
 def _holder_text(holder: Holder) -> str:
     return json.dumps([holder.id, holder.name, holder.user, holder.host, holder.pid], separators=(",", ":"))
 
 
+@lru_cache(4096)
 def _holder_from(text: str) -> Holder:
     try:
         who, name, user, host, pid = json.loads(text)
