@@ -95,10 +95,11 @@ class Uptime:
 
     def note(self, healthy: bool) -> None:
         """From now on it is healthy, or is not."""
-        self.advance()
-        self._healthy = healthy
         if self._at is None:
             self._at = self._clock()
+        else:
+            self.advance()
+        self._healthy = healthy
 
     def advance(self) -> None:
         """Bring `watched` and `healthy` up to this moment."""

@@ -354,7 +354,8 @@ class PolledEndpoint:
             BadAnswer: it answered, but not with GPU statistics.
         """
         # Before the breaker hears of it: an own cap tells nothing of the server.
-        self._source.await_turn(Deadline.after(TURN_PATIENCE))
+        if self.pace is not None:
+            self._source.await_turn(Deadline.after(TURN_PATIENCE))
         if self.open:
             # The open period is over when the monitor polls again. That poll is the only probe: polls of one
             # endpoint never overlap, and lease requests go by `open`, which stays True until the probe succeeded.
@@ -378,8 +379,9 @@ class PolledEndpoint:
         # Noted before the breaker hears of it: who sees it closed must not be told that the endpoint is not well.
         if sample is not None:
             self._succeeded(now - begin)
-        # Afterwards, as call() holds the breaker's lock during the call.
-        self._breaker.call(_nothing)
+        # Afterwards, as call() holds the breaker's lock during the call. Mostly there is nothing that a success ends.
+        if self.open or self._breaker.fail_counter:
+            self._breaker.call(_nothing)
         if sample is None:
             assert patience is not None
             self._failed(patience)
