@@ -93,7 +93,9 @@ def _load(body: bytes) -> dict[str, Any]:
         raise _Unusable(f"an HTML or XML page, not JSON: {_quote(start)}")
     _check_depth(body)
     try:
-        document = _DECODER.decode(text)
+        # Mostly numbers are short, and reading them need not call us back.
+        decoder = _DECODER if _LONG_RUN in body.translate(_DIGITS_ALONE) else _SHORT_DECODER
+        document = decoder.decode(text)
     except json.JSONDecodeError as exc:
         where = f"{exc.msg} at character {exc.pos} of {len(text)}"
         raise _Unusable(f"not JSON ({where}): {_quote(start)}") from None
@@ -138,6 +140,10 @@ def _parse_float(digits: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_parse_constant, parse_int=_parse_int, parse_float=_parse_float)
+#: Where no number has as many digits as `_parse_int` refuses.
+_SHORT_DECODER = json.JSONDecoder(parse_constant=_parse_constant, parse_float=_parse_float)
+_LONG_RUN = b"0" * 20
+_DIGITS_ALONE = bytes(ord("0") if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
 
 
 def _quote(value: object) -> str:
@@ -319,10 +325,14 @@ def _read_uuid(raw: dict[str, Any]) -> str | None:
 
 def _read_reading(raw: dict[str, Any], local_gpu_id: int, entry: _Entry, blind: bool, notes: list[str]) -> GPUReading:
     """The reading, with what cost a field in *notes*; raises _Bad if the card must not be granted."""
-    total = _number(raw, "memory_total_mb", 0.0, _MOST_MEMORY_MB)
-    used = _number(raw, "memory_used_mb", 0.0, _MOST_MEMORY_MB)
-    percent = _percent(raw, "memory_usage_percent")
-    busy = _percent(raw, "utilization_percent")
+    numbers = _all_numbers(raw)
+    if numbers is None:  # one of them is bad
+        numbers = [_number(raw, *ruled) for ruled in _RULED] + [_decoration(raw, *each, notes) for each in _DECORATIONS]
+    total, used, percent, busy, temperature, draw, limit = numbers
+    if percent is not None and percent > 100.0:
+        percent = 100.0
+    if busy is not None and busy > 100.0:
+        busy = 100.0
     if total == 0.0:
         raise _Bad("memory_total_mb is 0")
     if total is not None and used is not None:
@@ -344,9 +354,9 @@ def _read_reading(raw: dict[str, Any], local_gpu_id: int, entry: _Entry, blind: 
         memory_used_mb=used,
         memory_usage_percent=percent,
         utilization_percent=busy,
-        temperature_c=_decoration(raw, "temperature_c", -273.15, notes),
-        power_draw_w=_decoration(raw, "power_draw_w", 0.0, notes),
-        power_limit_w=_decoration(raw, "power_limit_w", 0.0, notes),
+        temperature_c=temperature,
+        power_draw_w=draw,
+        power_limit_w=limit,
         processes=_read_processes(raw.get("processes"), notes),
     )
 
@@ -474,18 +484,37 @@ def _number(raw: dict[str, Any], key: str, low: float, high: float) -> float | N
     raise _Bad(f"{key} is {_quote(value)}")
 
 
-def _percent(raw: dict[str, Any], key: str) -> float | None:
-    value = _number(raw, key, 0.0, 100.0 + _PERCENT_SLOP)
-    return None if value is None else min(100.0, value)
+def _all_numbers(raw: dict[str, Any]) -> list[float | None] | None:
+    """What `_number` says to each of the fields of a reading; None: one of them is bad."""
+    found: list[float | None] = []
+    for key, low, high in _FIELDS:
+        value = raw.get(key)
+        if value is not None:
+            if type(value) not in _NUMBERS or not low <= value <= high:
+                return None
+            value += 0.0
+        found.append(value)
+    return found
 
 
-def _decoration(raw: dict[str, Any], key: str, low: float, notes: list[str]) -> float | None:
+def _decoration(raw: dict[str, Any], key: str, low: float, high: float, notes: list[str]) -> float | None:
     """A number that nothing is decided by, so a bad one is only dropped."""
     try:
-        return _number(raw, key, low, 1e6)
+        return _number(raw, key, low, high)
     except _Bad as exc:
         notes.append(str(exc))
         return None
+
+
+#: The numbers of a reading, and between what they lie.
+_RULED = (
+    ("memory_total_mb", 0.0, _MOST_MEMORY_MB),
+    ("memory_used_mb", 0.0, _MOST_MEMORY_MB),
+    ("memory_usage_percent", 0.0, 100.0 + _PERCENT_SLOP),
+    ("utilization_percent", 0.0, 100.0 + _PERCENT_SLOP),
+)
+_DECORATIONS = (("temperature_c", -273.15, 1e6), ("power_draw_w", 0.0, 1e6), ("power_limit_w", 0.0, 1e6))
+_FIELDS = _RULED + _DECORATIONS
 
 
 # --- writing ------------------------------------------------------------------------------------------

@@ -1087,3 +1087,75 @@ def test_a_replaced_ca_file_is_read_again(authority, tmp_path):
         path.write_text(Path(authority.ca_path).read_text())
         with opened(server.url, verify=str(path)) as transport:
             assert get(transport).status == 200
+
+
+# -- answers of which nothing needs to be thought about ----------------------------------------------------------------
+
+_OK = b"HTTP/1.1 200 OK\r\n"
+_TWO = b"Content-Length: 2\r\n"
+#: What a server sends on a kept connection, in pieces that arrive one after the other; whether it is plain.
+PLAIN_OR_NOT = {
+    "as ours": ([_OK + _TWO + b"Content-Type: application/json\r\n\r\n{}"], True),
+    "no spaces": ([_OK + b"content-length:2\r\nX:\t a \t\r\n\r\n{}"], True),
+    "kept": ([_OK + _TWO + b"Connection: Keep-Alive\r\nKeep-Alive: timeout=5\r\n\r\n{}"], True),
+    "an error": ([b"HTTP/1.1 503 Try later\r\nRetry-After: 7\r\n" + _TWO + b"\r\n{}"], True),
+    "no body": ([_OK + b"Content-Length: 0\r\n\r\n"], True),
+    "body apart": ([_OK + _TWO + b"\r\n", b"{", b"}"], True),
+    "head in pieces": ([_OK + b"Content-", b"Length: 2\r\n\r\n{}"], False),
+    "to be closed": ([_OK + _TWO + b"Connection: close\r\n\r\n{}"], False),
+    "chunked": ([_OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"], False),
+    "compressed": ([_OK + b"Content-Encoding: gzip\r\n" + _TWO + b"\r\n{}"], False),
+    "two lengths": ([_OK + _TWO + b"Content-Length: 3\r\n\r\n{} "], False),
+    "a length twice": ([_OK + _TWO + _TWO + b"\r\n{}"], False),
+    "a list of lengths": ([_OK + b"Content-Length: 2, 3\r\n\r\n{} "], False),
+    "a signed length": ([_OK + b"Content-Length: +2\r\n\r\n{}"], False),
+    "a folded header": ([_OK + b"X: a\r\n b\r\n" + _TWO + b"\r\n{}"], False),
+    "a name with a space": ([_OK + b"X : a\r\n" + _TWO + b"\r\n{}"], False),
+    "latin-1": ([_OK + b"X: caf\xe9\r\n" + _TWO + b"\r\n{}"], False),
+    "bare line feeds": ([b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}"], False),
+    "no reason": ([b"HTTP/1.1 200\r\n" + _TWO + b"\r\n{}"], False),
+    "HTTP/1.0": ([b"HTTP/1.0 200 OK\r\n" + _TWO + b"\r\n{}"], False),
+    "nothing follows": ([b"HTTP/1.1 204 Gone\r\n" + _TWO + b"\r\n"], False),
+    "too much": ([_OK + _TWO + b"\r\n{}{}"], False),
+    "too large": ([_OK + b"Content-Length: 999999999\r\n\r\n{}"], False),
+    "too short": ([_OK + b"Content-Length: 3\r\n\r\n{}"], True),
+    "no length": ([_OK + b"X: a\r\n\r\n{}"], False),
+    "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n"], False),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_OR_NOT)
+def test_the_short_way_reads_what_http_client_reads(name, monkeypatch):
+    """Answers without a peculiarity are read here; what is told of all of them is what http.client tells."""
+    pieces, plain = PLAIN_OR_NOT[name]
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        for piece in pieces:
+            connection.send(piece)
+            if len(pieces) > 1:
+                connection.pause(0.05)
+
+    def told() -> object:
+        with Server(decent_at_first(script), answer(b"[]")) as server, opened(server.url) as transport:
+            assert get(transport).body == b"{}"
+            try:
+                found = get(transport)
+            except GPUPoolError as error:
+                return type(error), str(error).replace(server.url, "")
+            assert get(transport).body == b"[]"  # what was left over spoils nothing
+            return found.status, {name.lower(): found.headers[name.upper()] for name in found.headers}, found.body
+
+    read = transport_module._plain_head
+    seen: list[bool] = []
+
+    def noting(begun):
+        found = read(begun)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(transport_module, "_plain_head", noting)
+    by_us = told()
+    monkeypatch.setattr(transport_module, "_plain_head", lambda begun: None)
+    assert by_us == told()
+    assert seen[0] is plain
