@@ -24,7 +24,6 @@ import functools
 import http.client
 import importlib.metadata
 import io
-import json
 import logging
 import math
 import netrc  # noqa: F401
@@ -52,6 +51,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import allowed_gai_family
 from urllib3.util.retry import Retry
 
+from gpupool_sync import wire
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Transport:
 
         It is repeated like a GET when the connection ends without an answer, so the request must be idempotent.
         """
-        body = json.dumps(payload, allow_nan=False, separators=(",", ":")).encode()
+        body = wire.dump(payload)
         return self._exchange("POST", path, body, deadline, turn)
 
     def pause(self, seconds: float) -> None:

@@ -653,7 +653,11 @@ def dump(document: object) -> bytes:
     Raises:
         ValueError: it has a NaN or an infinity, which JSON cannot say.
     """
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return _ENCODER.encode(document).encode("ascii")
+
+
+#: Made once: `json.dumps` makes one for each call that wants it compact.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def _has_reading(gpu: GPUReading) -> bool:

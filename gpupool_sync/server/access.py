@@ -7,7 +7,6 @@ import binascii
 import datetime
 import hashlib
 import hmac
-import json
 import logging
 import os
 import re
@@ -193,7 +192,7 @@ class Audit:
     def note(self, event: str, **fields: object) -> None:
         """One line; no field may be a secret: of a lease that is its id."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        audit_log.info("%s", json.dumps({"at": now, "event": event, **fields}, separators=(",", ":")))
+        audit_log.info("%s", wire.dump({"at": now, "event": event, **fields}).decode())
 
     def denied(self, **fields: object) -> None:
         """A refusal; of a flood of them some are told, and how many more there were."""

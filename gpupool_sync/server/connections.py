@@ -61,14 +61,16 @@ class _Quiet:
     An answer may be on its way when its connection is given up; uvloop raises then, and uvicorn would log each.
     """
 
-    __slots__ = ("_transport",)
+    __slots__ = ("_transport", "_write", "is_closing")
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
+        self._write = transport.write
+        self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        if not self.is_closing():
+            self._write(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -155,12 +157,14 @@ class Connections:
             def data_received(self, data: bytes) -> None:
                 if self.transport.is_closing():
                     return
-                if not self._asking and not self._under_way():
+                begins = not self._asking and not self._under_way()
+                if begins:
                     self._asking, self._head = True, 0
-                    connections.waits(self, REQUEST_TIME)
                 super().data_received(data)
                 if self._asking and not self.transport.is_closing():
                     self._look(len(data))
+                    if begins and self._asking:  # not all of it came at once
+                        connections.waits(self, REQUEST_TIME)
 
             def _under_way(self) -> bool:
                 return self.cycle is not None and not self.cycle.response_complete
