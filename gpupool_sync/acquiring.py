@@ -112,8 +112,11 @@ def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadli
 def _stands_in(state: PoolState) -> bool:
     """Whether this machine's "cards" are places on its CPU (`GPU_POOL_PASSTHROUGH`)."""
     snapshots, _ = state.table.view()
-    hosts = (snapshot.sample.host for snapshot in snapshots.values())
-    return any(host is not None and host.passthrough for host in hosts)
+    for snapshot in snapshots.values():
+        host = snapshot.sample.host
+        if host is not None and host.passthrough:
+            return True
+    return False
 
 
 def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPURequest, deadline: Deadline) -> int:

@@ -58,6 +58,9 @@ class Command:
         self.process.wait()
 
 
+def _nothing() -> None: ...
+
+
 class Grant:
     """What the pool knows of one claim: outlives the handles, never refers to them."""
 
@@ -117,8 +120,8 @@ class Grant:
         self.on_lost: Callable[[Any], object] | None = None
         self.tie_ref: object = None
         #: ``clock.boottime`` at which a lease with a ttl is lost unless it is renewed before; None: it has no end.
-        self.good_until: Callable[[], float | None] = lambda: None
-        self.owner: Callable[[], object] = lambda: None  # weak reference to the pool
+        self.good_until: Callable[[], float | None] = _nothing
+        self.owner: Callable[[], object] = _nothing  # weak reference to the pool
 
     @property
     def bequest(self) -> Bequest | None:

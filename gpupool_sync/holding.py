@@ -90,7 +90,7 @@ def release(state: PoolState, grant: Grant) -> None:
         return
     bequest = grant.bequest
     handed_over = False
-    if any(child.running() for child in list(grant.children)):
+    if grant.children and any(child.running() for child in list(grant.children)):
         if bequest is None or not bequest.kept:
             # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
             if grant not in state.leaving:
@@ -163,6 +163,7 @@ def _forget(state: PoolState, grant: Grant) -> None:
     state.grants.pop(grant.id, None)
     all_grants.pop(grant.id, None)
     state.watched.pop(grant.tie_ref, None)
+    grant.tie_ref = None  # with it goes the callback: nobody need hear of the anchor's end any more
 
 
 def release_all(state: PoolState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 from gpupool_sync.leases.base import CLOSED_TIME, Hint
@@ -68,12 +69,17 @@ class Gone:
         # A dictionary, not a set: one that cannot grow for want of memory refuses the new key, while a set takes it,
         # until it is full and a look for what is not in it never ends (CPython 3.11).
         self._ids: dict[str, None] = {}
+        # The oldest first. The dictionary has them in this order too, but to find the first behind thousands that were
+        # deleted it passes all of their places.
+        self._order: deque[str] = deque()
 
     def __contains__(self, lease_id: object) -> bool:
         return lease_id in self._ids
 
     def add(self, lease_id: str) -> None:
         if lease_id not in self._ids:
+            # An interrupt in between leaves one in the order that is not there, or there twice: it goes the sooner.
+            self._order.append(lease_id)
             self._ids[lease_id] = None
-            if len(self._ids) > MAX_GONE:
-                del self._ids[next(iter(self._ids))]
+            while len(self._order) > MAX_GONE:
+                self._ids.pop(self._order.popleft(), None)

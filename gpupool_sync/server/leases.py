@@ -19,7 +19,7 @@ import math
 import os
 import stat
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -145,7 +145,8 @@ class Granter:
         self._tickets: dict[str, Claim] = {}  # by id
         self._heard: dict[str, float] = {}  # holder id -> when it claimed or waited last
         self._waiting: Counter[str] = Counter()  # holder id -> long polls under way
-        self._gone: dict[str, float] = {}  # id -> when it ended, oldest first
+        # id -> when it ended, oldest first; a plain dictionary passes the places of all that were deleted to find it.
+        self._gone: OrderedDict[str, float] = OrderedDict()
         self._due = math.inf  # no deadline is earlier
         self._counts = dict.fromkeys(("grants", "renewals", "releases", "expiries", "revocations"), 0)
         self._version = 0
