@@ -1247,9 +1247,7 @@ class HostStore:
                 return name
         return None
 
-    def _free(
-        self, held: _Held, *, given_back: bool = True, unused: bool = False, promise: str | None = None
-    ) -> bool:
+    def _free(self, held: _Held, *, given_back: bool = True, unused: bool = False, promise: str | None = None) -> bool:
         """Let go of the cards; whether the record says that the card is for the ticket *promise*."""
         promised = False
         now = self._clock()
