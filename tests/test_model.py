@@ -80,6 +80,8 @@ class Waiting:
     place: float
     number: int
     hinted_at: float | None = None
+    #: Somebody who was not told of a card has taken one since the hint.
+    passed_by: bool = False
 
     @property
     def order(self) -> tuple[float, int]:
@@ -142,6 +144,8 @@ class Histories(RuleBasedStateMachine):
     """What may happen, in any order."""
 
     ttl: float | None = None  # of the leases of the first store
+    #: Whether hints name a card, which who was told may take at once.
+    offers_cards = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,9 +316,13 @@ class Histories(RuleBasedStateMachine):
             self.listen()
             return
         ticket = self.waiting.get(claim.id)
+        told = False
+        hinted = ticket is not None and ticket.hinted_at is not None and ticket.ready(now)
         if ticket is not None:
             ticket.place = max(ticket.first_place - MAX_FORWARD, min(ticket.place, now - claim.waited))
+            told = self.offers_cards and ticket.hinted_at is not None and ticket.ready(now) and ticket.passed_by
             ticket.hinted_at = None
+            ticket.passed_by = False
             ticket.claim = claim
         order = ticket.order if ticket is not None else (now - claim.waited, self.number)
         self.seen_empty |= {key for key, ago in claim.emptied.items() if now - ago > self.closed.get(key, now)}
@@ -325,8 +333,15 @@ class Histories(RuleBasedStateMachine):
             for other in sorted(self.waiting.values(), key=lambda t: t.order)
             if other.order < order and other.ready(now)
         ]
+        if told and claim.count == 1 and claim.share is None:
+            # It takes what it was told of, in that second, without a look at the queue: an older one whose card was
+            # taken by somebody who came to stand before both is not seen.
+            older = []
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
+            if not hinted:
+                for other in self.waiting.values():
+                    other.passed_by = other.passed_by or other.hinted_at is not None
             self.granted(claim, store, outcome.lease, older, cards)
         elif isinstance(outcome, Queued):
             assert claim.queue
@@ -527,6 +542,7 @@ class OneProcess(Histories):
 
 class OneHost(Histories):
     by_card = True
+    offers_cards = True
 
     def make_stores(self) -> list:
         self.directory = tempfile.mkdtemp(prefix="gpupool-model-")
