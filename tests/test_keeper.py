@@ -249,3 +249,31 @@ def test_a_thread_that_died_is_started_again(lost, monkeypatch):
     keeper.ensure_running()
     assert keeper._thread.is_alive()
     keeper.stop()
+
+
+def test_leases_that_follow_one_another_share_a_thread(lost):
+    """To start one for each would cost more than all else that is done for a short lease."""
+    keeper = Keeper(lost.append)
+    store = Store()
+    keeper.add("first", store, 60.0, keeper._clock())
+    thread = keeper._thread
+    for number in range(50):
+        keeper.remove("first" if number == 0 else f"lease-{number}")
+        keeper.add(f"lease-{number + 1}", store, 60.0, keeper._clock())
+        assert keeper._thread is thread
+    keeper.stop()
+    assert not thread.is_alive()
+    assert store.requests == lost == []
+
+
+def test_a_lease_that_is_due_before_the_others_wakes_the_thread(lost, monkeypatch):
+    """It sleeps until the first of those that it knew is due."""
+    monkeypatch.setattr("gpupool_sync.keeper.LONGEST_SLEEP", 600.0)
+    keeper = Keeper(lost.append)
+    early, late = Store(), Store()
+    keeper.add("late", late, 3000.0, keeper._clock())
+    eventually(lambda: 500.0 < keeper._wakes_at - keeper._clock() <= 600.0, message="it sleeps for long")
+    keeper.add("early", early, 60.0, keeper._clock() - 19.0)
+    eventually(lambda: early.requests == [["early"]], message="it is renewed when it is due")
+    keeper.stop()
+    assert late.requests == lost == []
