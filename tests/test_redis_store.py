@@ -747,6 +747,7 @@ def test_a_short_refusal_tells_who_has_the_cards(store):
     stranger.release(["theirs"])
     assert granted(store.claim(claim("a", id="next"))) == ("a",)
     assert not store.crowded()
+    stranger.close()
 
 
 def test_an_exchange_that_was_broken_off_answers_no_later_question(store, monkeypatch):
