@@ -376,3 +376,32 @@ def test_a_promise_in_a_note_is_none(stores, clock):
     granted(first.claim(noted))
     first.release([noted.id])
     assert granted(first.claim(claim("gpu-2", who="first"))) == ("gpu-2",)
+
+
+def test_a_share_does_not_take_what_is_kept_for_a_wish_for_the_whole_card(stores, clock):
+    """Room for a share is no free card: one that waits for all of a card has the empty one, and the share the other."""
+    first, second = stores(2)
+    share = Share(places=3)
+    granted(first.claim(claim("a", who="first", share=share)))
+    whole = claim("b", who="first")
+    granted(first.claim(whole))
+    older = wait(second, "a", "b", who="second")
+    first.release([whole.id])
+    clock.advance(ANSWER_TIME / 2)
+    assert granted(first.claim(claim("b", "a", who="third", share=share))) == ("a",)
+    second.listen(0.0)
+    assert granted(second.claim(older)) == ("b",)
+
+
+def test_a_share_leaves_the_empty_card_to_a_ticket_that_nobody_has_told(stores, clock, monkeypatch):
+    """The queue decides then, and asks of each card whether all of it is free."""
+    monkeypatch.setattr(HostStore, "_next_for", lambda self, held, now: None)
+    monkeypatch.setattr(HostStore, "_pass_on", lambda self, freed=(), **more: None)
+    first, second = stores(2)
+    share = Share(places=3)
+    granted(first.claim(claim("a", who="first", share=share)))
+    whole = claim("b", who="first")
+    granted(first.claim(whole))
+    wait(second, "a", "b", who="second")
+    first.release([whole.id])
+    assert granted(first.claim(claim("b", "a", who="third", share=share))) == ("a",)

@@ -439,8 +439,8 @@ class _Glance:
         self._names = names  # of the tickets, sorted
         #: The ticket of whoever looks.
         self.own = own
-        #: Card key -> whether it would do.
-        self.free: dict[str, bool] = {}
+        #: Card key, and whether a share of it is asked for -> whether it would do.
+        self.free: dict[tuple[str, bool], bool] = {}
         #: Card key -> the ticket of somebody else that it is promised to.
         self.promised: dict[str, str] = {}
 
@@ -656,7 +656,7 @@ class HostStore:
                     names = [name for name in names if name not in dead]
                     continue
             if picked is None:
-                if claim.count > 1 and self._find_ended(claim, glance.free):
+                if claim.count > 1 and self._find_ended(claim, glance):
                     continue
                 if claim.share is not None and self._find_ended_shares(claim, fits):
                     continue
@@ -667,10 +667,10 @@ class HostStore:
                 return granted
             # The records were behind. Each round rules one card out, so this ends.
             for wanted in cards:
-                glance.free[wanted.key] = False
+                glance.free[wanted.key, False] = glance.free[wanted.key, True] = False
         return self._take_over(claim, names, glance, now)
 
-    def _find_ended(self, claim: Claim, looked: dict[str, bool]) -> bool:
+    def _find_ended(self, claim: Claim, glance: _Glance) -> bool:
         """
         Set the records of dead holders right; whether there were any.
 
@@ -678,11 +678,12 @@ class HostStore:
         """
         found = False
         for key in {wanted.key for group in claim.groups for wanted in group}:
-            record = None if looked.get(key, True) or key in self._mine else self._record(key, fresh=True)
+            looked = key, claim.share is not None
+            record = None if glance.free.get(looked, True) or key in self._mine else self._record(key, fresh=True)
             if record is None or record.get("released_at") is not None:
                 continue
             if self._ended_without_a_word(key, record):
-                del looked[key]  # looked at again
+                del glance.free[looked]  # looked at again
                 found = True
         return found
 
@@ -716,7 +717,7 @@ class HostStore:
             left = [
                 wanted
                 for wanted in group
-                if not (glance.free.get(wanted.key, False) or wanted.key in glance.promised)
+                if not (glance.free.get((wanted.key, claim.share is not None), False) or wanted.key in glance.promised)
                 and self._may_have_ended(wanted.key, claim, now)
             ]
             granted = self._lock_some(claim, left, group)
@@ -1128,10 +1129,12 @@ class HostStore:
         pending: Sequence[Share | None],
     ) -> bool:
         """Whether the card would do, as far as files say without a lock."""
-        free = glance.free.get(wanted.key)
+        # A card with room for a share is not free for who wants all of it: one look asks for both.
+        which = wanted.key, share is not None
+        free = glance.free.get(which)
         if free is None:
             free = self._free_by_record(glance, wanted.key, emptied, shared=share is not None)
-            glance.free[wanted.key] = free
+            glance.free[which] = free
         if not free or share is None:
             return free and not pending
         if None in pending:
@@ -1789,7 +1792,7 @@ class HostStore:
             return
         for name in glance.promised.values():
             queue.remove(name)  # about to take another one
-        glance.free = dict.fromkeys(keys, True)
+        glance.free = {(key, shared): True for key in keys for shared in (False, True)}
         fits = partial(self._fits_by_record, glance, {})
         now = self._clock()
         while True:
