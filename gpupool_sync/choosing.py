@@ -179,18 +179,26 @@ def usable(
     """
     taken_at = snapshot.sample.taken_at
     for card in screened.eligible:
-        held = is_held(card.key)
+        held = is_held(card.key) or was_leased(card, taken_at, released_at)
         shut = closed()
         simply = fits is None and not shut  # mostly
         yield card, None, ("held" if held else None) if simply else _obstacle(card, held, taken_at, shut, fits)
     for card, reason in screened.vetoed:
-        held = is_held(card.key)
+        held = is_held(card.key) or was_leased(card, taken_at, released_at)
         if held:
             falls = fits is None or reason.code == "foreign-process"
         else:
             released = released_at(card.key)
             falls = released is not None and released > taken_at
         yield (card, None, _obstacle(card, held, taken_at, closed(), fits)) if falls else (card, reason, None)
+
+
+def was_leased(card: Card, taken_at: float, released_at: Callable[[str], float | None]) -> bool:
+    """Whether its server said with the reading that somebody has a lease on the card, and we gave none back since."""
+    if not card.reading.leased:
+        return False
+    released = released_at(card.key)
+    return released is None or released <= taken_at
 
 
 def _obstacle(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gpupool_sync.arbiters import adopt_server, make_store
 from gpupool_sync.asking import Watched, watch_most
 from gpupool_sync.bystanders import Claimed
-from gpupool_sync.choosing import is_empty
+from gpupool_sync.choosing import Screened, is_empty
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import PoolClosed
 from gpupool_sync.holding import (
@@ -277,7 +277,7 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
     free = frozenset(
         card.key
         for card in screened_for(state, snapshot, DEFAULT_REQUEST).eligible
-        if not store.is_held(card.key) and not (closed and card.key in closed)
+        if not (card.reading.leased or store.is_held(card.key) or (closed and card.key in closed))
     )
     new = free - state.last_free.get(snapshot.endpoint_id, frozenset())
     if closed:  # what this reading says of them is what their claims lacked
@@ -289,14 +289,18 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
 
 def _count_rivals(state: PoolState, before: Snapshot, after: Snapshot) -> None:
     """Cards that were free and are in use, and not by us: others are about."""
-    free = {card.key for card in screened_for(state, before, DEFAULT_REQUEST).eligible}
-    free.difference_update([card.key for card in screened_for(state, after, DEFAULT_REQUEST).eligible])
+    free = _unleased(screened_for(state, before, DEFAULT_REQUEST))
+    free -= _unleased(screened_for(state, after, DEFAULT_REQUEST))
     free.intersection_update([card.key for card in after.cards])  # not those that are gone
     for grant in list(state.grants.values()) if free else ():
         free.difference_update(card.key for card in grant.cards)
     if free:
         with state.rivals_lock:
             state.rivals.took(len(free), boottime())
+
+
+def _unleased(screened: Screened) -> set[str]:
+    return {card.key for card in screened.eligible if not card.reading.leased}
 
 
 def _claimed(state: PoolState, store: LeaseStore, key: str) -> Claimed:

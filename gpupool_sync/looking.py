@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gpupool_sync.choosing import Obstacle, Screened, room_mb, screen, usable
+from gpupool_sync.choosing import Obstacle, Screened, room_mb, screen, usable, was_leased
 from gpupool_sync.clock import boottime
 from gpupool_sync.leases.base import LeaseStore
 from gpupool_sync.models import Card, EndpointView, GPURequest, Reason, Snapshot
@@ -111,8 +111,10 @@ def look(
         if not (shared or closed or duplicates or screened.vetoed):  # mostly
             free = screened.eligible
             if leases:
-                is_held = store.is_held
-                free = tuple([card for card in free if not is_held(card.key)])
+                is_held, released_at, taken_at = store.is_held, store.released_at, snapshot.sample.taken_at
+                free = tuple(
+                    [card for card in free if not (is_held(card.key) or was_leased(card, taken_at, released_at))]
+                )
             if len(screened.eligible) >= request.count:
                 whole = len(free) == len(screened.eligible)
                 load = screened.load if whole else sum([card.reading.load for card in free])

@@ -47,6 +47,8 @@ class GPUReading:
     power_limit_w: float | None = None
     #: None: this server does not tell processes. Empty: it looked, and there are none.
     processes: tuple[ComputeProcess, ...] | None = None
+    #: Whether somebody had a lease on it, as its server says that grants them. None: it does not tell.
+    leased: bool | None = None
 
     @property
     def memory_free_mb(self) -> float | None:

@@ -458,8 +458,11 @@ def _held_by(store: LeaseStore, card: Card) -> Reason:
             lost = "; its handle is gone, pool.release_all() frees it" if grant.forgotten else ""
             return Reason("held", f"held by {grant.lease.holder}, this process, for {held:.0f} s{where}{note}{lost}")
     holders = store.holders_of(card.key)
-    if not holders:  # released between two looks
-        return Reason("held", "held until a moment ago")
+    if not holders:
+        # Who has it the reading does not say; or it was released between two looks.
+        return Reason(
+            "held", "held by somebody, as its server says" if card.reading.leased else "held until a moment ago"
+        )
     first = holders[0]
     note = f", note: {first.note}" if first.note else ""
     more = f" and {len(holders) - 1} more" if len(holders) > 1 else ""

@@ -358,7 +358,16 @@ def _read_reading(raw: dict[str, Any], local_gpu_id: int, entry: _Entry, blind: 
         power_draw_w=draw,
         power_limit_w=limit,
         processes=_read_processes(raw.get("processes"), notes),
+        leased=_read_leased(raw.get("leased"), notes),
     )
+
+
+def _read_leased(raw: object, notes: list[str]) -> bool | None:
+    """Only where to ask first depends on it, so a bad one is dropped."""
+    if raw is None or isinstance(raw, bool):
+        return raw
+    notes.append(f"leased is {_quote(raw)} instead of true, false or null")
+    return None
 
 
 def _read_processes(raw: object, notes: list[str]) -> tuple[ComputeProcess, ...] | None:
@@ -564,6 +573,7 @@ def summary_document(sample: Sample, *, timestamp: str | None) -> dict[str, Any]
             "power_draw_w": _plain(gpu.power_draw_w),
             "power_limit_w": _plain(gpu.power_limit_w),
             "processes": _processes(gpu),
+            "leased": gpu.leased,
         }
         for gpu in gpus
     ]

@@ -120,6 +120,7 @@ def gpu(number: int = 0, **changes: object) -> dict[str, Any]:
         "power_draw_w": 52.0,
         "power_limit_w": 400,
         "processes": [],
+        "leased": False,
         **changes,
     }
 
@@ -206,6 +207,7 @@ GPU_FIELDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         field: ({}, {**NO_NUMBER, "absurd": -1e300, "null": None, "missing": NOT_THERE})
         for field in ("temperature_c", "power_draw_w", "power_limit_w")
     },
+    "leased": ({}, {**NO_NUMBER, "a number": 1, "true": True, "null": None, "missing": NOT_THERE}),
     "processes": (
         {
             **NO_LIST,

@@ -159,6 +159,26 @@ def test_a_reading_from_before_the_release_does_not_veto():
     assert reasons(None, held=True, fits=lambda _: True) == [("memory", None)]
 
 
+@pytest.mark.parametrize(
+    ("leased", "released", "expected"),
+    [
+        (True, None, (None, "held")),
+        (True, 99.0, (None, "held")),
+        (True, 100.5, (None, None)),
+        (False, None, ("memory", None)),
+        (None, None, ("memory", None)),
+    ],
+)
+def test_what_its_server_says_is_leased_is_held(leased, released, expected):
+    """Also by those of whom nobody here has heard; but for what we have given back since the reading."""
+    snap = snapshot(reading(0, memory_usage_percent=99.0, leased=leased), taken_at=100.0)
+    ((_, veto, obstacle),) = usable(
+        screen(snap, GPURequest(), LIMITS), snap, is_held=lambda _: False, released_at=lambda _: released,
+        closed=dict, fits=None,
+    )  # fmt: skip
+    assert (veto and veto.code, obstacle) == expected
+
+
 @pytest.mark.parametrize(("closed_at", "obstacle"), [(99.9, None), (100.0, "closed"), (100.1, "closed")])
 def test_a_closed_card_is_open_only_by_a_later_reading(closed_at, obstacle):
     """One from before the last lease ended, empty as it was, tells nothing of what that left on the card."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import warnings
 
 import pytest
 
 from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, LeaseLost
+from gpupool_sync.looking import look
+from gpupool_sync.models import GPURequest
 from gpupool_sync.testing import FakeFleet
 from helpers import HoldLog, eventually
 from redis_server import PROGRAM, RedisServer
@@ -147,3 +151,38 @@ def test_a_redis_pool_excludes_everybody(fleet, redis_server, tmp_path):
         assert gpu.scope == "everybody"
         assert pool.status().endpoints[0].arbiter.startswith("redis://")
     race(endpoints, tmp_path / "log", options)
+
+
+ELSEWHERE = """
+import sys
+from gpupool_sync import Endpoint, GPUPool
+
+with GPUPool([Endpoint(sys.argv[1], name="beta")]) as pool, pool.gpu(timeout=60) as gpu:
+    print(gpu.uuid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_another_process_has_is_seen_with_the_readings(fleet):
+    """Without a claim in vain: an idle job leaves its card as empty as before."""
+    server = fleet[1]
+    with make_pool([server]) as pool:
+        pool.refresh(30)
+
+        def free():
+            (seen,) = look(pool._state, pool._state.engine, GPURequest())
+            assert len(seen.wanted) == 1, "it is worth a ticket in any case"
+            return len(seen.free)
+
+        assert free() == 1
+        with subprocess.Popen(
+            [sys.executable, "-c", ELSEWHERE, server.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            try:
+                assert other.stdout.readline().startswith("GPU-")
+                eventually(lambda: free() == 0, 30)
+                other.stdin.close()
+                assert other.wait(30) == 0
+                eventually(lambda: free() == 1, 30)
+            finally:
+                other.kill()

@@ -496,7 +496,8 @@ def test_a_real_server_is_understood_by_the_pool(server):
     assert sample.problems == sample.faults == ()
     assert sample.host == simulated.host
     expected = simulated.read(1.0).gpus
-    assert [attrs.evolve(gpu, memory_usage_percent=None) for gpu in sample.gpus] == [
+    assert [gpu.leased for gpu in sample.gpus] == [False, False, False]
+    assert [attrs.evolve(gpu, memory_usage_percent=None, leased=None) for gpu in sample.gpus] == [
         attrs.evolve(gpu, memory_usage_percent=None) for gpu in expected
     ]
     assert 0.0 <= float(headers[wire.AGE_HEADER]) < 30.0

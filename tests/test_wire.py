@@ -598,6 +598,7 @@ def test_the_summary_has_the_predecessors_fields_first():
         "power_draw_w": 60.5,
         "power_limit_w": 400,
         "processes": [{"pid": 12, "user": "ann", "memory_mb": 300, "name": "python"}],
+        "leased": None,
     }
     assert document["gpus_summary"][1]["memory_usage_percent"] == 0.0
     assert document["gpus_summary"][1]["utilization_percent"] is None

@@ -426,6 +426,10 @@ class Granter:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
+    def is_leased(self, key: str) -> bool:
+        """Whether anybody has a lease on the card, on this host or elsewhere."""
+        return bool(self.store.holders_of(key))
+
     def holders_of(self, claim: Claim) -> list[LeaseInfo]:
         """Who has the cards that *claim* names, as far as is known without asking the kernel."""
         now = self._clock()

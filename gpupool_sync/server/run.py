@@ -281,6 +281,7 @@ def make_leases(
         audit=audit,
     )
     sampler.offer = leases.offer
+    sampler.is_leased = leases.granter.is_leased
     return leases
 
 

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 import attrs
@@ -97,6 +97,8 @@ class Sampler:
         self.interval = interval
         #: What the summary tells of leases; None: this server grants none. To be set before `start`.
         self.offer: LeaseOffer | None = None
+        #: Tells whether anybody has a lease on the card of a UUID; None: this server grants none. Likewise.
+        self.is_leased: Callable[[str], bool] | None = None
         self._read_timeout = read_timeout
         self._published = _failure("the GPUs are being read for the first time")
         # Guards the counters and flags below; never held during a look or while serialising.
@@ -193,7 +195,7 @@ class Sampler:
         before = self._published
         try:
             sample = self.reader.read(self._read_timeout)
-            after = _publish(attrs.evolve(sample, leases=self.offer), boottime())
+            after = _publish(self._with_leases(sample), boottime())
         except Exception as exc:  # whatever a driver comes up with, the server lives
             message = str(exc) or type(exc).__name__
             if before.error != message:
@@ -204,6 +206,13 @@ class Sampler:
                 logger.warning("the GPUs can be read again")
             self._log_faults(before.sample, sample)
         self._published = after
+
+    def _with_leases(self, sample: Sample) -> Sample:
+        is_leased = self.is_leased
+        gpus = sample.gpus
+        if is_leased is not None:
+            gpus = tuple(gpu if gpu.uuid is None else attrs.evolve(gpu, leased=is_leased(gpu.uuid)) for gpu in gpus)
+        return attrs.evolve(sample, gpus=gpus, leases=self.offer)
 
     def _log_faults(self, before: Sample | None, after: Sample) -> None:
         known = {fault.local_gpu_id for fault in before.faults} if before is not None else set()

@@ -70,6 +70,10 @@ _SUMMARY = as_object(
                     "power_draw_w": _NUMBER,
                     "power_limit_w": _NUMBER,
                     "processes": _PROCESSES,
+                    "leased": {
+                        "type": ["boolean", "null"],
+                        "description": "whether somebody has a lease on it; null: this server grants none",
+                    },
                 }
             )
         ),
