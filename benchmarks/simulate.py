@@ -168,7 +168,7 @@ class Server:
                 snapshot,
                 is_held=held.__contains__,
                 released_at=lambda key: None,
-                closed=(),
+                closed=dict,
                 fits=None,
             )
         )
