@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a waiter looks again by itself: hints are hints, and readings change.
 RECHECK = 1.0
-#: After a claim that its arbiter did not hear: seconds until the next one, which double up to RECHECK.
+#: After a claim that its arbiter did not hear, or a connection for hints that broke: seconds until the next try, which
+#: double up to RECHECK.
 RETRY = 0.1
 #: So many of those who have waited longest look again when hints may have been lost.
 LOOK_AGAIN = 8
@@ -152,7 +153,12 @@ class WaitingRoom:
         """Seconds that a waiter sleeps at most, after so many claims in a row that did not arrive."""
         longest = RECHECK * max(1.0, len(self._waiters) / MANY_WAITERS)
         # Without a ticket it has no place: a connection that was cut once must not cost it the turn.
-        return min(longest, RETRY * 2.0 ** min(failures - 1, 10)) if failures else longest
+        return min(longest, _retry_after(failures)) if failures else longest
+
+
+def _retry_after(failures: int) -> float:
+    """Seconds until the next try, after so many in a row that failed."""
+    return min(RECHECK, RETRY * 2.0 ** min(failures - 1, 10))
 
 
 class Listener:
@@ -227,10 +233,12 @@ class Listener:
     def _listen_while_needed(self) -> None:
         pause = threading.Event()
         told = False  # that it does not answer: once until it does again, not every second
+        failures = 0  # in a row
         while self._needed():
             try:
                 self._store.listen(getattr(self._store, "listen_time", RECHECK))
                 told = False
+                failures = 0
             except LeaseStoreError as exc:
                 # With nobody left who waits, it is most likely a pool that closes, which deserves no line on a screen.
                 news = not told and self._anybody()
@@ -242,7 +250,9 @@ class Listener:
                     rooms = list(self._rooms)
                 for room in rooms:
                     room.wake_oldest(LOOK_AGAIN)
-                pause.wait(RECHECK)
+                # Soon, as hints are not heard meanwhile; but an arbiter that is down is not asked for ever like that.
+                failures += 1
+                pause.wait(_retry_after(failures))
             except Exception:
                 # Supervised: waiters look again by themselves each second, but they should not have to.
                 logger.exception("listening to %s broke; going on", self._store.description)

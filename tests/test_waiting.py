@@ -137,6 +137,23 @@ def test_hints_that_may_be_lost_make_the_oldest_look_again(monkeypatch):
         eventually(lambda: listener._thread is None, 20)
 
 
+def test_hints_are_listened_for_again_soon(monkeypatch):
+    """Between two tries none is heard: whoever is told of its turn then would miss it."""
+    monkeypatch.setattr(waiting, "RECHECK", 300.0)
+    monkeypatch.setattr(waiting, "RETRY", 0.001)
+    store, room, waiter = Deaf(), WaitingRoom(None), Waiter("one")
+    listener = Listener(store)
+    room.join(waiter)
+    try:
+        listener.listen_for(room)
+        eventually(lambda: store.failures >= 3, 20)
+        store.answers = True
+        eventually(lambda: store.successes >= 2, 20)
+    finally:
+        room.leave(waiter)
+        eventually(lambda: listener._thread is None, 20)
+
+
 class Ears:
     """A store that anybody can listen to: it passes a hint to `waiter` when `hint` is called."""
 
