@@ -767,6 +767,49 @@ def test_an_exchange_that_was_broken_off_answers_no_later_question(store, monkey
     assert [info.cards for info in store.leases()] == [("b",)]
 
 
+def test_two_interrupts_leave_no_answer_behind(store, monkeypatch):
+    """The second Ctrl-C comes while the connection is being closed for the first one."""
+    store.claim(claim("a", id="before"))
+    (connection,) = store._idle
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "read_response", interrupted)
+        patch.setattr(connection, "disconnect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.claim(claim("b", id="broken off"))
+    assert granted(store.claim(claim("c", id="after"))) == ("c",)
+
+
+def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next(store):
+    """A proxy may say why it gives up; from then on each answer would be that to the question before."""
+    store.claim(claim("a", id="before"))
+    (connection,) = store._idle
+    connection._sock.sendall(b"*1\r\n$5\r\nBOGUS\r\n")
+    with pytest.raises(LeaseStoreError, match="BOGUS"):
+        store.claim(claim("b", id="not answered"))
+    assert granted(store.claim(claim("c", id="after"))) == ("c",)
+    assert granted(store.claim(claim("b", id="not answered"))) == ("b",)
+
+
+def test_a_card_with_very_many_shares_is_refused(store):
+    """More leases than Lua can have on its stack at once, which is 8000 values."""
+    script = """for i = 1, 8100 do
+      redis.call('HSET', KEYS[1] .. 'leases', i, cmsgpack.pack(
+        {h = ARGV[1], c = {'a'}, t = i, m = 'places', a = 9000, n = false, g = 1, l = 1e6}))
+      redis.call('ZADD', KEYS[1] .. 'expires', '9e15', i)
+      ARGV[i + 1] = {tostring(i), 'places', 9000}
+    end
+    table.remove(ARGV, 1)
+    redis.call('HSET', KEYS[1] .. 'cards', 'a', cmsgpack.pack(ARGV))"""
+    store.claim(claim("b", id="before"))
+    store._client.eval(script, 1, store._prefix, '["h", null, "u", "x", 1]')
+    assert store.claim(claim("a", id="mine")).reasons["a"].code == "held"
+    assert len(store.holders_of("a")) == 8100
+
+
 def test_connections_that_were_closed_meanwhile_are_opened_anew(store):
     """A server, or a firewall, may end a connection that nobody has used for a while."""
     import redis

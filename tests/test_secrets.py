@@ -353,6 +353,15 @@ def test_the_mistyped_url_of_a_redis(url, log):
     assert_nothing_in(told_by(caught.value))
 
 
+def test_a_plus_in_the_query_of_a_redis_is_sent_as_a_space():
+    """What is kept secret is what is sent."""
+    from gpupool_sync.leases.redis import RedisStore
+
+    store = RedisStore("redis://127.0.0.1:9/0?password=one+two%2Bthree")
+    assert store._client.connection_pool.connection_kwargs["password"] == "one two+three"
+    assert store._redacted("unknown command 'AUTH', 'one two+three'") == "unknown command 'AUTH', '…'"
+
+
 # -- a server of ours ------------------------------------------------------------------------------------------
 
 

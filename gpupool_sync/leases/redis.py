@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 import attrs
 
@@ -231,12 +231,14 @@ for i, taken in ipairs(takens) do
   end
 end
 local text = function(number) return string.format('%.0f', number) end
-for i, raw in ipairs(redis.call('HMGET', base .. 'leases', unpack(ids))) do
-  if raw then
-    local lease = cmsgpack.unpack(raw)
-    local left = tonumber(redis.call('ZSCORE', base .. 'expires', ids[i]) or now) - now
-    infos[#infos + 1] = {h = lease.h, c = lease.c, t = text(lease.t), m = lease.m,
-      a = string.format('%.17g', lease.a), n = lease.n, age = text(now - lease.g), left = text(left), l = text(lease.l)}
+for from = 1, #ids, 1000 do  -- shared cards may have more leases than Lua has stack
+  for i, raw in ipairs(redis.call('HMGET', base .. 'leases', unpack(ids, from, math.min(from + 999, #ids)))) do
+    if raw then
+      local lease = cmsgpack.unpack(raw)
+      local left = tonumber(redis.call('ZSCORE', base .. 'expires', ids[from + i - 1]) or now) - now
+      infos[#infos + 1] = {h = lease.h, c = lease.c, t = text(lease.t), m = lease.m, n = lease.n,
+        a = string.format('%.17g', lease.a), age = text(now - lease.g), left = text(left), l = text(lease.l)}
+    end
   end
 end
 return {'', cjson.encode(infos), crowded and '1' or '0'}
@@ -1019,16 +1021,18 @@ class RedisStore:
             connection.send_packed_command(packed)
             return connection.read_response()
 
+        # Used again only after an answer that was expected: whatever comes yet is not the answer to the next question.
+        # Another error may be the answer to none, or be of a server that is not the right one any more.
         try:
-            return connection.retry.call_with_retry(ask, lambda error: connection.disconnect())
-        except redis.ResponseError:
-            raise  # it has been read to its end
+            answer = connection.retry.call_with_retry(ask, lambda error: connection.disconnect())
+        except redis.exceptions.NoScriptError:
+            self._idle.append(connection)
+            raise
         except BaseException:
-            # Whatever comes yet is not the answer to the next question.
             connection.disconnect()
             raise
-        finally:
-            self._idle.append(connection)
+        self._idle.append(connection)
+        return answer
 
     def _error(self, exc: Exception) -> LeaseStoreError:
         told = self._redacted(str(exc))
@@ -1465,7 +1469,9 @@ def _secrets(url: str) -> tuple[str, ...]:
         parts.password,
         *(pair.partition("=")[2] for pair in parts.query.split("&") if pair.startswith("password=")),
     ]
-    return tuple({form for secret in found if secret for form in (secret, unquote(secret))})
+    # In the query '+' is a space, and some versions of redis-py decode what stands there twice.
+    forms = {form for secret in found if secret for form in (secret, unquote(secret), unquote_plus(secret))}
+    return tuple(forms | {unquote(form) for form in forms})
 
 
 #: Connections that a forked child has from its parent: kept, because ending them is the parent's business.
