@@ -380,8 +380,9 @@ class Transport:
                 return retries
             if plain is not None:
                 content = self._rest_of(begun, plain, connection.sock, exchange)
-                complete = True
-                return plain.status, plain.headers, content
+                # What is more than it says must not become the beginning of the next answer.
+                complete = len(content) == plain.length
+                return plain.status, plain.headers, content[: plain.length]
             assert response is not None
             headers = urllib3.HTTPHeaderDict(response.msg.items())
             if len(set(re.split(r"\s*,\s*", headers.get("Content-Length", "")))) > 1:
@@ -400,14 +401,15 @@ class Transport:
             pool._put_conn(connection)
 
     def _rest_of(self, begun: bytes, plain: _PlainHead, sock: socket.socket, exchange: _Exchange) -> bytes:
-        """The body, of which *begun* has the head and a part."""
+        """The body, of which *begun* has the head and a part; and what came with the end of it."""
         exchange.announced = plain.length
         content = begun[plain.end :]
         if len(content) < plain.length:
             pieces, size = [content], len(content)
             while size < plain.length:
                 exchange.read = size
-                piece = sock.recv(min(plain.length - size, _CHUNK_BYTES))
+                # Never less than a TLS record: what is left of one does not show when the connection is used next.
+                piece = sock.recv(_CHUNK_BYTES)
                 if not piece:
                     raise http.client.IncompleteRead(b"", plain.length - size)
                 pieces.append(piece)
@@ -629,7 +631,7 @@ class _PlainHead:
 
 def _plain_head(begun: bytes) -> _PlainHead | None:
     """
-    The head, if *begun* has all of it, and it tells the length of a body that ends there, on a connection that is kept.
+    The head, if *begun* has all of it, and it tells the length of a body, on a connection that is kept.
 
     None: http.client knows what it means, and says what is wrong with it.
     """
@@ -649,8 +651,7 @@ def _plain_head(begun: bytes) -> _PlainHead | None:
     if "close" in headers.get("connection", "").lower():
         return None
     plain = _PlainHead(status, headers, int(length), found.end())
-    # More than it says, or more than is allowed.
-    return None if plain.length > MAX_BODY_BYTES or len(begun) > plain.end + plain.length else plain
+    return None if plain.length > MAX_BODY_BYTES else plain
 
 
 class _Resumed(io.RawIOBase):

@@ -404,6 +404,26 @@ def test_a_refused_answer_does_not_spoil_the_next(name, kept):
         assert server.connections == 2
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_what_follows_an_answer_is_not_the_next_one(authority, tls):
+    """In the same TLS record as the end of a body it does not show that something is left to be read."""
+
+    def script(connection: Connection) -> None:
+        connection.request()
+        connection.send(head(length=2) + b"{")
+        connection.pause(0.1)
+        connection.send(b"}" + head(length=6) + b"forged")
+        connection.request()
+        connection.send(head(length=4) + b"late")
+
+    context = authority.context() if tls else None
+    with (
+        Server(decent_at_first(script), answer(b"good"), tls=context) as server,
+        opened(server.url, verify=authority.ca_path) as transport,
+    ):
+        assert [get(transport).body for _ in range(3)] == [b"{}", b"{}", b"good"]
+
+
 @pytest.mark.parametrize("body", [None, {"ids": ["a"]}], ids=["GET", "POST"])
 @pytest.mark.parametrize("credentials", [{}, {"token": "t"}, {"headers": (("X-Content-Length", "0"),)}], ids=str)
 def test_over_a_kept_connection_the_same_is_asked(body, credentials):
@@ -1116,7 +1136,7 @@ PLAIN_OR_NOT = {
     "no reason": ([b"HTTP/1.1 200\r\n" + _TWO + b"\r\n{}"], False),
     "HTTP/1.0": ([b"HTTP/1.0 200 OK\r\n" + _TWO + b"\r\n{}"], False),
     "nothing follows": ([b"HTTP/1.1 204 Gone\r\n" + _TWO + b"\r\n"], False),
-    "too much": ([_OK + _TWO + b"\r\n{}{}"], False),
+    "too much": ([_OK + _TWO + b"\r\n{}{}"], True),
     "too large": ([_OK + b"Content-Length: 999999999\r\n\r\n{}"], False),
     "too short": ([_OK + b"Content-Length: 3\r\n\r\n{}"], True),
     "no length": ([_OK + b"X: a\r\n\r\n{}"], False),
