@@ -105,6 +105,18 @@ def adopt_server(state: PoolState, engine: Engine, endpoint: PolledEndpoint, sna
     return True
 
 
+def heeded(endpoint: PolledEndpoint, snapshot: Snapshot) -> Snapshot:
+    """
+    *snapshot*, without what its server says of leases if it is not the arbiter of its cards.
+
+    A lease that our arbiter knows nothing of is somebody's outside: what the reading says against the card counts.
+    """
+    if endpoint.server is not None or not any(card.reading.leased for card in snapshot.cards):
+        return snapshot
+    cards = tuple(attrs.evolve(card, reading=attrs.evolve(card.reading, leased=None)) for card in snapshot.cards)
+    return attrs.evolve(snapshot, cards=cards)
+
+
 def recipe(state: PoolState, store: LeaseStore) -> Recipe:
     """What another process makes the arbiter of, to renew a lease there; has credentials in it."""
     engine = state.engine

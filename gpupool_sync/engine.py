@@ -10,7 +10,7 @@ from functools import partial
 from random import SystemRandom
 from typing import TYPE_CHECKING
 
-from gpupool_sync.arbiters import adopt_server, make_store
+from gpupool_sync.arbiters import adopt_server, heeded, make_store
 from gpupool_sync.asking import Watched, watch_most
 from gpupool_sync.bystanders import Claimed
 from gpupool_sync.choosing import Screened, is_empty
@@ -251,12 +251,13 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
     # Before the table knows the cards: nothing may be granted by another arbiter than theirs.
     if not adopt_server(state, engine, endpoint, snapshot):
         return
+    snapshot = heeded(endpoint, snapshot)
     before = state.table.update(snapshot)
     if engine.endpoints.get(snapshot.endpoint_id) is not endpoint:
         state.table.forget(snapshot.endpoint_id)  # was taken out in between; a new one of its name polls soon
         return
     if before is not None:
-        _count_rivals(state, before, snapshot)
+        _count_rivals(state, engine.store_of(snapshot.endpoint_id), before, snapshot)
     state.tell_watchers(snapshot.endpoint_id, True)
     for problem in snapshot.sample.problems:
         if before is None or problem not in before.sample.problems:
@@ -287,13 +288,15 @@ def arrived(state: PoolState, snapshot: Snapshot) -> None:
         state.waiting.wake_oldest(2 * len(new))
 
 
-def _count_rivals(state: PoolState, before: Snapshot, after: Snapshot) -> None:
+def _count_rivals(state: PoolState, store: LeaseStore, before: Snapshot, after: Snapshot) -> None:
     """Cards that were free and are in use, and not by us: others are about."""
     free = _unleased(screened_for(state, before, DEFAULT_REQUEST))
     free -= _unleased(screened_for(state, after, DEFAULT_REQUEST))
     free.intersection_update([card.key for card in after.cards])  # not those that are gone
     for grant in list(state.grants.values()) if free else ():
         free.difference_update(card.key for card in grant.cards)
+    # Nor by us when the server looked: it tells of leases that have been given back since.
+    free = {key for key in free if (back := store.released_at(key)) is None or back < before.sample.taken_at}
     if free:
         with state.rivals_lock:
             state.rivals.took(len(free), boottime())

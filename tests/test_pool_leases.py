@@ -8,9 +8,13 @@ import sys
 import threading
 import warnings
 
+import attrs
 import pytest
 
 from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, LeaseLost
+from gpupool_sync.clock import boottime
+from gpupool_sync.engine import arrived
+from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.looking import look
 from gpupool_sync.models import GPURequest
 from gpupool_sync.testing import FakeFleet
@@ -186,3 +190,33 @@ def test_what_another_process_has_is_seen_with_the_readings(fleet):
                 eventually(lambda: free() == 1, 30)
             finally:
                 other.kill()
+
+
+def test_a_lease_at_another_arbiter_takes_nothing_from_a_reading(fleet):
+    """Who chose an arbiter for everything does not get what somebody has from the server, and computes on."""
+    server = fleet[1]
+    with make_pool([server]) as theirs, make_pool([server], lease_store=MemoryStore()) as pool, theirs.gpu(timeout=60):
+        server.busy(0, 95.0)
+
+        def reading():
+            (snapshot,) = theirs._state.table.view()[0].values()
+            return snapshot.cards[0].reading
+
+        eventually(lambda: reading().leased and reading().memory_usage_percent == 95.0, 30)
+        pool.refresh(30)
+        with pytest.raises(AcquireTimeout, match=r"memory|process"):
+            pool.acquire(timeout=0.5)
+
+
+def test_ones_own_short_leases_are_no_rivals(fleet):
+    """A reading may say that a card is leased which has been given back before the reading arrived."""
+    server = fleet[1]
+    with make_pool([server]) as pool:
+        pool.refresh(30)
+        (snapshot,) = pool._state.table.view()[0].values()
+        with pool.gpu(timeout=60):
+            pass
+        card = attrs.evolve(snapshot.cards[0], reading=attrs.evolve(snapshot.cards[0].reading, leased=True))
+        sample = attrs.evolve(snapshot.sample, taken_at=snapshot.sample.taken_at + 0.001)
+        arrived(pool._state, attrs.evolve(snapshot, cards=(card,), sample=sample))
+        assert pool._state.rivals.per_second(boottime()) == 0.0

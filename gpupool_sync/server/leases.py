@@ -426,9 +426,12 @@ class Granter:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    def is_leased(self, key: str) -> bool:
-        """Whether anybody has a lease on the card, on this host or elsewhere."""
-        return bool(self.store.holders_of(key))
+    def is_leased(self, key: str) -> bool | None:
+        """Whether anybody has a lease on the card, on this host or elsewhere; None: it cannot be seen at present."""
+        try:
+            return bool(self.store.holders_of(key))
+        except LeaseStoreError:
+            return None
 
     def holders_of(self, claim: Claim) -> list[LeaseInfo]:
         """Who has the cards that *claim* names, as far as is known without asking the kernel."""

@@ -98,7 +98,7 @@ class Sampler:
         #: What the summary tells of leases; None: this server grants none. To be set before `start`.
         self.offer: LeaseOffer | None = None
         #: Tells whether anybody has a lease on the card of a UUID; None: this server grants none. Likewise.
-        self.is_leased: Callable[[str], bool] | None = None
+        self.is_leased: Callable[[str], bool | None] | None = None
         self._read_timeout = read_timeout
         self._published = _failure("the GPUs are being read for the first time")
         # Guards the counters and flags below; never held during a look or while serialising.
