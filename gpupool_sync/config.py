@@ -87,6 +87,13 @@ def _show(value: object) -> str:
     return text if len(text) <= _QUOTED else text[:_QUOTED] + "…"
 
 
+def _show_url(value: object) -> str:
+    """`_show`, of what should be a URL: without a scheme what stands behind a colon may be a password all the same."""
+    if isinstance(value, str) and not _SCHEME.match(value):
+        return _show(redact_url(f"http://{value}")[len("http://") :])
+    return _show(value)
+
+
 # --- endpoints ------------------------------------------------------------------------------------
 
 
@@ -416,7 +423,7 @@ class Endpoint:
         except ValueError as exc:
             problem = str(exc)
         if problem is not None:
-            raise ConfigError(f"endpoint {_show(url)}: {problem}")
+            raise ConfigError(f"endpoint {_show_url(url)}: {problem}")
         self.__attrs_init__(
             canonical,
             name=checked_name,
@@ -491,7 +498,7 @@ class EndpointSource:
         else:
             problem = "file:/path, dns+http://name:port or dns+https://name:port is allowed"
         if problem is not None:
-            raise ConfigError(f"endpoint source {_show(text)}: {problem}")
+            raise ConfigError(f"endpoint source {_show_url(text)}: {problem}")
 
     @property
     def path(self) -> str | None:

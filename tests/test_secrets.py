@@ -82,6 +82,8 @@ MISTYPED = [
     f"server1=http://ann:{SECRET}",
     f"dns+http://ann:{SECRET}@server1:x",
     f"dns+http://ann:{SECRET}",
+    f"ann:{SECRET}",  # without its scheme as well
+    f"ann:{SECRET}@server1",
 ]
 
 
@@ -109,7 +111,8 @@ def test_a_mistyped_url_is_not_quoted_with_its_secret(url, entry, log, tmp_path,
         with pytest.raises(ConfigError) as caught:
             entries[entry]()
         assert_nothing_in(told_by(caught.value))
-    assert_nothing_in(redact_url(url))
+    if "://" in url:  # only who knows that it should be a URL can tell what a colon means without that
+        assert_nothing_in(redact_url(url))
 
 
 @pytest.mark.parametrize("url", [url for url in MISTYPED if "," not in url])
