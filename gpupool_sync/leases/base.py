@@ -86,7 +86,8 @@ class Claim:
     #: Of cards that `LeaseStore.closed` names: seconds since a reading showed the card empty.
     emptied: Mapping[str, float] = attrs.field(factory=dict)
     #: Of cards that a reading speaks against: seconds since that reading. It shows their holder's job, as long as they
-    #: have one: such a card is granted only if it was given back after that reading.
+    #: have one: such a card is granted only if it was given back after that reading. Where leases end by a ttl, that
+    #: closes the card, and this is not looked at.
     busy: Mapping[str, float] = attrs.field(factory=dict)
 
 
