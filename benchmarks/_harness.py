@@ -167,6 +167,20 @@ def clean_environment() -> None:
             del os.environ[key]
 
 
+def parent_of_locks() -> str | None:
+    """
+    Where the files of locks go, ours and those of peers: on a tmpfs, as ``/run/lock`` is where there is systemd.
+
+    None: there is none here, so the usual directory for temporary files.
+    """
+    with contextlib.suppress(OSError), open("/proc/mounts") as mounts:
+        for line in mounts:
+            _, where, kind, *_ = line.split()
+            if where in ("/run/lock", "/dev/shm") and kind == "tmpfs" and os.access(where, os.W_OK):
+                return where
+    return None
+
+
 def room_for_files(number: int) -> bool:
     """Let this process, and the children it starts from now on, open *number* files; whether that is allowed."""
     import resource

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks._cards import HERE, StillCards
 from benchmarks._crowd import TIMEOUT, Take, contend, context, crowd
-from benchmarks._harness import Contender, Measures, Mode, Report, Row, column, say, take_turns
+from benchmarks._harness import Contender, Measures, Mode, Report, Row, column, parent_of_locks, say, take_turns
 
 TITLE = "Fairness between processes"
 
@@ -54,7 +54,7 @@ def run(mode: Mode) -> Report:
     say("fairness")
     seconds = 0.2 if mode.smoke else mode.pick(smoke=1, quick=2, full=5)
     processes = mode.pick(smoke=2, quick=PROCESSES, full=PROCESSES)
-    directory = tempfile.mkdtemp(prefix="gpupool-fairness-")
+    directory = tempfile.mkdtemp(prefix="gpupool-fairness-", dir=parent_of_locks())
     try:
         semaphore = context.Semaphore(CARDS)
         with (

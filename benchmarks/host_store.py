@@ -15,7 +15,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from benchmarks._cards import keys_of, lease_pairs, local_pool, pool_pairs
-from benchmarks._harness import Contender, Measures, Mode, Report, Row, column, missing, peer, say, take_turns, timed
+from benchmarks._harness import (
+    Contender,
+    Measures,
+    Mode,
+    Report,
+    Row,
+    column,
+    missing,
+    parent_of_locks,
+    peer,
+    say,
+    take_turns,
+    timed,
+)
 from benchmarks._services import NO_REDIS, has_redis, redis_server
 from gpupool_sync.leases.host import HostStore
 
@@ -36,7 +49,7 @@ def run(mode: Mode) -> Report:
     notes: list[str] = []
     number = mode.pick(smoke=5, quick=1000, full=2000)
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpupool-host-"))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpupool-host-", dir=parent_of_locks()))
         store = HostStore(f"{directory}/locks")
         stack.callback(store.close)
         pool = stack.enter_context(local_pool(GPUS, store=store))

@@ -20,7 +20,19 @@ import attrs
 
 from benchmarks._cards import HERE, StillCards
 from benchmarks._crowd import TIMEOUT, answer, processes
-from benchmarks._harness import Contender, Measures, Mode, Report, Row, column, missing, peer, say, take_turns
+from benchmarks._harness import (
+    Contender,
+    Measures,
+    Mode,
+    Report,
+    Row,
+    column,
+    missing,
+    parent_of_locks,
+    peer,
+    say,
+    take_turns,
+)
 from benchmarks._services import NO_REDIS, has_redis, redis_server
 
 TITLE = "From a release in one process to the waiter in another"
@@ -47,7 +59,7 @@ def run(mode: Mode) -> Report:
     notes: list[str] = []
     makers: dict[str, tuple[Callable[..., Any], str]] = {}
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpupool-wakeup-"))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpupool-wakeup-", dir=parent_of_locks()))
         makers["ours"] = (_ours, directory)
         if peer("filelock") is None:
             notes.append(missing("filelock"))
