@@ -6,6 +6,7 @@ a `Condition` half entered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -25,6 +26,8 @@ RECHECK = 1.0
 #: After a claim that its arbiter did not hear, or a connection for hints that broke: seconds until the next try, which
 #: double up to RECHECK.
 RETRY = 0.1
+#: Seconds that the thread of a listener waits for a waiter that listens by itself to leave that to the thread.
+YIELD_TIME = 0.1
 #: So many of those who have waited longest look again when hints may have been lost.
 LOOK_AGAIN = 8
 #: Beyond so many waiters each re-check comes later in proportion, so that they do not eat the processor.
@@ -51,23 +54,21 @@ class Waiter:
 
     def wake(self) -> None:
         """Wake it; several wake-ups before it looks are one."""
-        try:
+        with contextlib.suppress(RuntimeError):  # it is awake already; or listens still, as another one heard its end
             self._asleep.release()
-        except RuntimeError:  # it is awake already
-            return
         ears = self._ears
         if ears is not None and ears[0] != threading.get_ident():
             ears[1]()
 
-    def listen(self, store: OwnEars, timeout: float) -> bool:
-        """`wait`, while this thread itself hears the hints of *store*."""
+    def listen(self, store: OwnEars, timeout: float, alone: Callable[[], bool] = lambda: True) -> bool:
+        """`wait`, while this thread itself hears the hints of *store*; until it is not *alone* at that any more."""
         end = time.monotonic() + timeout
         try:
             # Before the first look: who wakes it after that ends the listening.
             self._ears = threading.get_ident(), store.end_listening
             while not self._asleep.acquire(blocking=False):
                 left = end - time.monotonic()
-                if left <= 0.0:
+                if left <= 0.0 or not alone():
                     return False
                 store.listen(left)
             return True
@@ -172,10 +173,11 @@ class Listener:
 
     def __init__(self, store: LeaseStore) -> None:
         self._store = store
-        # Guards _thread and _rooms.
+        # Guards _thread, _rooms, and the coming of _alone.
         self._lock = threading.Lock()
         self._rooms: weakref.WeakSet[WaitingRoom] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
+        self._alone: Waiter | None = None  # who listens by itself
         #: The store, if a waiter can listen to it by itself; else the thread must run before a ticket is left.
         self.ears = store if isinstance(store, OwnEars) else None
 
@@ -192,16 +194,40 @@ class Listener:
     def wait(self, waiter: Waiter, room: WaitingRoom, timeout: float) -> bool:
         """Let *waiter*, who is in *room*, sleep until woken, or *timeout* seconds; whether it was woken."""
         ears = self.ears
-        if ears is not None and ears.is_listening() and self._is_alone(room):
-            # Who comes after this look is not alone, and starts the thread. That two listen does no harm.
-            return waiter.listen(ears, timeout)
+        end = time.monotonic() + timeout
+        if ears is not None and ears.is_listening() and self._is_alone(waiter, room):
+            # Who comes after this look is not alone, and starts the thread.
+            try:
+                if waiter.listen(ears, timeout, self._no_thread):
+                    return True
+            finally:
+                self._alone = None
+            if self._no_thread():
+                return False
         self.listen_for(room)
-        return waiter.wait(timeout)
+        return waiter.wait(max(0.0, end - time.monotonic()))
 
-    def _is_alone(self, room: WaitingRoom) -> bool:
+    def _is_alone(self, waiter: Waiter, room: WaitingRoom) -> bool:
         with self._lock:
             self._rooms.add(room)
-            return self._thread is None and sum(map(len, self._rooms)) <= 1
+            alone = self._thread is None and sum(map(len, self._rooms)) <= 1
+            if alone:
+                self._alone = waiter
+            return alone
+
+    def _no_thread(self) -> bool:
+        return self._thread is None
+
+    def _be_the_only_one(self) -> None:
+        """
+        Have the one who listens by itself leave that to this thread.
+
+        While two listen, one of them may take what was to end the other's listening.
+        """
+        end = time.monotonic() + YIELD_TIME
+        while self.ears is not None and self._alone is not None and time.monotonic() < end:
+            self.ears.end_listening()
+            time.sleep(0.001)
 
     def _anybody(self) -> bool:
         with self._lock:
@@ -224,6 +250,7 @@ class Listener:
             if self._thread is not me:
                 return
         try:
+            self._be_the_only_one()
             self._listen_while_needed()
         except BaseException:
             with self._lock:

@@ -10,6 +10,7 @@ import pytest
 
 from gpupool_sync import GPUPool, waiting
 from gpupool_sync.errors import LeaseStoreError
+from gpupool_sync.leases.host import HostStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from gpupool_sync.waiting import Listener, Waiter, WaitingRoom
@@ -237,3 +238,44 @@ def test_a_second_waiter_brings_the_thread():
         assert with_thread.result(20) is True
         room.leave(second)
         eventually(lambda: listener._thread is None or store.end_listening(), 20)
+
+
+def test_the_thread_listens_when_who_listened_alone_has_left(tmp_path):
+    """While both listen, one of them may take the message that was to wake the other."""
+    store, room = HostStore(str(tmp_path / "locks")), WaitingRoom(None)
+    listener = Listener(store)
+    first, second = Waiter("first"), Waiter("second")
+    room.join(first)
+    store._need_socket()  # as a ticket does
+    began = threading.Event()
+    listen = store.listen
+
+    def noted(timeout):
+        began.set()
+        listen(timeout)
+
+    store.listen = noted
+    with ThreadPoolExecutor(2) as threads:
+        alone = threads.submit(listener.wait, first, room, 50.0)
+        assert began.wait(20)
+        room.join(second)
+        with_thread = threads.submit(listener.wait, second, room, 50.0)
+        eventually(lambda: listener._thread is not None and listener._alone is None, 20)
+        assert first._ears is None
+        room.wake_all()
+        assert alone.result(20) is with_thread.result(20) is True
+        room.leave(first)
+        room.leave(second)
+    store.end_listening()
+    eventually(lambda: listener._thread is None, 20)
+    store.close()
+
+
+def test_who_listens_alone_is_woken_again():
+    """The end of its listening may be lost once, such as to a server in the same process."""
+    ended = []
+    waiter = Waiter("one")
+    waiter._ears = -1, lambda: ended.append(True)
+    waiter.wake()
+    waiter.wake()
+    assert len(ended) == 2
