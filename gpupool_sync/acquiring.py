@@ -82,8 +82,10 @@ def obtain(state: PoolState, grant: Grant, request: GPURequest, deadline: Deadli
         _read(state, engine, new, deadline)
     claims = 0
     # Where somebody waits already, a claim without a ticket would be refused: the first one leaves it. With many
-    # endpoints a claim for all of their cards costs more than that.
-    if no_wait or engine.servers or len(engine.endpoints) > MANY_ENDPOINTS or not engine.arbiter.crowded():
+    # endpoints a claim for all of their cards costs more than that; and where not everybody may wait, who need not must
+    # not be turned away.
+    at_once = no_wait or engine.servers or len(engine.endpoints) > MANY_ENDPOINTS or not engine.arbiter.crowded()
+    if at_once or state.settings.max_waiting is not None:
         claims = _claim_free(state, engine, grant, request, glance(state, engine, request))
     queued = False
     if grant.lease is None:

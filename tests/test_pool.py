@@ -31,6 +31,7 @@ from gpupool_sync import (
 from gpupool_sync.arbiters import make_store
 from gpupool_sync.errors import GPUPoolError
 from gpupool_sync.leases import tickets
+from gpupool_sync.leases.host import HostStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import ComputeProcess, GPUFault
 from helpers import HoldLog, eventually, run_threads
@@ -218,6 +219,14 @@ def test_too_many_waiters_are_turned_away(monkeypatch, cards):
         held[0].release()
         thread.join(30)
         assert got[0].uuid == held[0].uuid
+
+
+def test_who_need_not_wait_is_not_turned_away(monkeypatch, cards, tmp_path):
+    """``max_waiting`` bounds the queue, not those who find a card free, whoever waits elsewhere."""
+    with local_pool(monkeypatch, cards, max_waiting=0, lease_store=HostStore(str(tmp_path / "locks"))) as pool:
+        monkeypatch.setattr(pool._state.settings.lease_store, "crowded", lambda: True)
+        with pool.gpu(timeout=30), pool.gpu(timeout=30), pytest.raises(TooManyWaiting):
+            pool.acquire(timeout=30)
 
 
 def test_closing_sends_waiters_away(monkeypatch, cards):
