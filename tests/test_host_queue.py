@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import resource
 import sys
 
 import pytest
@@ -405,3 +407,93 @@ def test_a_share_leaves_the_empty_card_to_a_ticket_that_nobody_has_told(stores, 
     wait(second, "a", "b", who="second")
     first.release([whole.id])
     assert granted(first.claim(claim("b", "a", who="third", share=share))) == ("a",)
+
+
+def test_two_cards_that_end_at_once_are_not_both_kept_for_the_same(stores, clock, monkeypatch):
+    """Each of their holders finds the same ticket next, before the other has told it: the second one is passed on."""
+    one, other, first, second = stores(4)
+    held = [claim("gpu-1", who="one"), claim("gpu-2", who="other")]
+    granted(one.claim(held[0]))
+    granted(other.claim(held[1]))
+    hints = Hints(second)
+    tickets = [wait(first, "gpu-1", "gpu-2", who="first")]
+    clock.advance(0.01)
+    tickets.append(wait(second, "gpu-1", "gpu-2", who="second"))
+    free = one._free
+
+    def free_both(*args, **options):
+        promised = free(*args, **options)
+        other.release([held[1].id])
+        return promised
+
+    monkeypatch.setattr(one, "_free", free_both)
+    one.release([held[0].id])
+    first.listen(5.0)
+    granted(first.claim(tickets[0]))
+    second.listen(0.0)
+    assert hints.take() == [tickets[1].id]
+    granted(second.claim(tickets[1]))
+
+
+def test_who_was_held_back_at_a_card_for_somebody_who_took_another_is_told(stores, clock):
+    """Who is about to take a card that the other one does not want counts as before it at this one too."""
+    one, first, second = stores(3)
+    held = [claim(card, who="one") for card in ("gpu-1", "gpu-2")]
+    for each in held:
+        granted(one.claim(each))
+    hints = Hints(second)
+    mine = wait(first, "gpu-1", "gpu-2", who="first")
+    for each in held:
+        one.release([each.id])
+    clock.advance(0.01)
+    theirs = wait(second, "gpu-2", who="second")
+    first.listen(5.0)
+    assert granted(first.claim(mine)) == ("gpu-1",)
+    second.listen(0.0)
+    assert hints.take() == [theirs.id]
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    [
+        b'"token":5,"released_at":1.2.3,"share":null,"since":1.0,',
+        b'"token":5,"released_at":1.2,"for":["ticket-0-a",1.2.3],"share":null,"since":1.0,',
+        b'"token":null,"released_at":1.2}',
+        b'"token":"many","released_at":1.2}',
+    ],
+)
+@pytest.mark.parametrize("boot", [None, b'"boot":"\xff"'])
+def test_a_garbled_record_keeps_nobody_from_the_card(stores, locks, garbled, boot):
+    """A record informs; what decides is the lock."""
+    (store,) = stores(1)
+    before = claim("gpu")
+    granted(store.claim(before))
+    store.release([before.id])
+    with open(locks / "gpu-gpu", "r+b") as file:
+        file.write((b'{"v":1,' + (boot or store._boot_mark) + b"," + garbled).ljust(RECORD_BYTES - 1) + b"\n")
+    assert store.is_held("gpu") is False
+    assert granted(store.claim(claim("gpu"))) == ("gpu",)
+
+
+def test_a_socket_with_a_high_number_hears(stores):
+    """A process with more than a thousand files open, as with many data loaders, waits like any other."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("no more than so many files may be open")
+    first, second = stores(2)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    hints = Hints(second)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    try:
+        with contextlib.ExitStack() as many:
+            while many.enter_context(open(os.devnull)).fileno() < 1030:
+                pass
+            mine = wait(second, "gpu", who="second")
+            assert second._socket.fileno() >= 1024
+            first.release([held.id])
+            second.listen(5.0)
+            assert hints.take() == [mine.id]
+    finally:
+        second.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

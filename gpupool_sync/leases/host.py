@@ -104,11 +104,12 @@ _QUEUE = "queue"
 _PLACE_OFFSET = 1e9  # seconds
 _HELD = b'"released_at":null'  # in the record of a lease that was not given back
 _ENDED = re.compile(
-    rb'\{"v":1,"boot":"([^"\\]*)","token":(\d+),"released_at":([0-9.]+),(?:"for":\["(ticket-[0-9a-f-]+)",[0-9.]+\],)?'
+    rb'\{"v":1,"boot":"([!#-\[\]-~]*)","token":(\d+),"released_at":(\d+(?:\.\d+)?),'
+    rb'(?:"for":\["(ticket-[0-9a-f-]+)",[0-9.]+\],)?'
     rb'"share":null,"since":[0-9.]+,'
 )
 # In the record of one that was: the ticket that is next, and when it was told. Quotes inside of strings are escaped.
-_PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",([0-9.]+)\]')
+_PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",(\d+\.\d+)\]')
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
 _SOCKET = re.compile(rb"(sock-[0-9a-f]{16})\n")
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -398,7 +399,7 @@ def _take(file: _Descriptor, how: int) -> bool:
 class _Held:
     """A lease of this process with the descriptors that are its locks."""
 
-    __slots__ = ("ended", "files", "guard", "lease", "names", "promised", "written")
+    __slots__ = ("ended", "files", "guard", "lease", "names", "written")
 
     def __init__(
         self, lease: Lease, files: list[_Descriptor], names: list[str], ended: Sequence[float | None] = ()
@@ -411,8 +412,6 @@ class _Held:
         self.names = names
         #: What stands in each file, if the lease's record as it was granted.
         self.written: list[bytes] = []
-        #: Whether the card was kept for this ticket, so that its taking changes nothing for others.
-        self.promised = False
         #: Of each file: from when on readings show nothing of the holder before this one; None: there was none.
         self.ended = ended
 
@@ -505,6 +504,7 @@ class HostStore:
         self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
+        self._new_socket: socket.socket | None = None  # while it is made
         self._socket_name = ""
         self._sender: socket.socket | None = None  # of hints; whoever sends looks here each time
         # Released when there is a socket, for whoever listens before that. No `Event`: whoever leaves a ticket sets it,
@@ -568,8 +568,9 @@ class HostStore:
         ticket = self._tickets.get(claim.id)
         if ticket is not None:  # or it has stood in nobody's way
             self._drop_ticket(claim.id)
-            if not granted.promised:
-                self._pass_on(taken_by=claim, its_ticket=ticket.name)
+            # Also for a card that was kept for it: a second one may have been, at the same time, or somebody was held
+            # back for it at another one.
+            self._pass_on(taken_by=claim, its_ticket=ticket.name)
         self._pass_on_opened(opened)
         return Granted(granted.lease)
 
@@ -800,7 +801,7 @@ class HostStore:
                 file.unlock()
             return None
         now = self._clock()
-        before = max((int(record.get("token", 0)) for record in records if record is not None), default=0)
+        before = max(map(_token_of, records), default=0)
         lease = Lease(
             id=claim.id,
             holder=claim.holder,
@@ -811,10 +812,6 @@ class HostStore:
             granted_at=now,
         )
         held = _Held(lease, files, names, [self._ended_at(record) for record in records])
-        ticket = self._tickets.get(claim.id)
-        if ticket is not None and len(records) == 1 and records[0] is not None:
-            kept_for = records[0].get("for")
-            held.promised = isinstance(kept_for, list) and ticket.name in kept_for
         for file, name in zip(files, names, strict=True):
             held.written.append(self._write_held(file, lease, name))
         return held
@@ -1813,9 +1810,9 @@ class HostStore:
             if self.is_listening():
                 return
             name = f"sock-{os.urandom(8).hex()}"
-            # Known before it accepts: a child forked in between must find it, or it would keep our tickets alive.
             self._socket_name = name
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            # Known before it accepts: a child forked in between must find it, or it would keep our tickets alive.
+            self._new_socket = sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             try:
                 sock.setblocking(False)
                 sock.bind(self._directory.socket_path(name))
@@ -1824,7 +1821,10 @@ class HostStore:
             except BaseException:
                 self._socket = None
                 sock.close()
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self._directory.queue_fd)
                 raise
+            self._new_socket = None
         with contextlib.suppress(RuntimeError):  # nobody has waited since the last one
             self._made_socket.release()
 
@@ -1839,8 +1839,11 @@ class HostStore:
 
     def end_listening(self) -> None:
         """Make whoever is in `listen` look up: a message to ourselves."""
-        if self.is_listening():
-            self._send(self._socket_name, b" ")
+        with contextlib.suppress(
+            OSError
+        ):  # no descriptor left for a sender: then it looks up by itself within a second
+            if self.is_listening():
+                self._send(self._socket_name, b" ")
 
     def listen(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -1850,7 +1853,10 @@ class HostStore:
         if sock is None:
             return
         with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-            if not select.select([sock], [], [], max(0.0, end - time.monotonic()))[0]:
+            # Not `select`, which refuses numbers from 1024 on.
+            poller = select.poll()
+            poller.register(sock, select.POLLIN)
+            if not poller.poll(max(0.0, end - time.monotonic()) * 1000.0):
                 return
             for _ in range(256):
                 name, told_at, key = _parse_message(sock.recv(LONGEST_MESSAGE))
@@ -1992,7 +1998,7 @@ class HostStore:
         # Tickets count as alive while their socket accepts; ours would keep the parent's alive after its death.
         for ticket in self._tickets.values():
             ticket.file.close()
-        for each in (self._socket, self._sender):
+        for each in (self._socket, self._new_socket, self._sender):
             if each is not None:
                 each.close()
         self._fresh_state()
@@ -2000,7 +2006,7 @@ class HostStore:
     def close(self) -> None:
         """Remove what belongs to the queue; locks are let go by `release`, or with the process."""
         with self._lock:
-            sock = self._socket
+            sock, name = self._socket, self._socket_name  # soon there may be the next
             self._socket = None
         self._keep_sender(None)
         for claim_id in list(self._tickets):
@@ -2009,7 +2015,7 @@ class HostStore:
         self._told = {}
         if sock is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._socket_name, dir_fd=self._directory.queue_fd)
+                os.unlink(name, dir_fd=self._directory.queue_fd)
             sock.close()
 
 
@@ -2055,6 +2061,12 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def _token_of(record: Mapping[str, Any] | None) -> int:
+    """The fencing token in the record; 0: there is none, or it is garbled."""
+    token = None if record is None else record.get("token")
+    return token if isinstance(token, int) else 0
 
 
 def _ended(raw: bytes) -> dict[str, Any] | None:
