@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import time
 
 import pytest
 
@@ -497,3 +498,28 @@ def test_a_socket_with_a_high_number_hears(stores):
     finally:
         second.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_killed_processes_left_in_the_queue_goes(stores, locks, clock, monkeypatch):
+    """Every look lists them: a socket of each process that was killed, after it had waited once, would be too many."""
+    first, living, second = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    wait(living, "gpu", who="living")
+    killed = HostStore(str(locks), clock=clock)
+    wait(killed, "gpu", who="killed")
+    killed._socket.close()
+    wait(killed, "gpu", who="killed too")  # of the same socket, which is gone
+    silent = HostStore(str(locks), clock=clock)
+    silent._need_socket()
+    silent._socket.close()
+    queue = locks / "queue"
+    (queue / "ticket-00000000000000000001-1-a").touch()
+    (queue / "ticket-00000000000000000002-1-a").touch()
+    for path in queue.iterdir():
+        if path.name != "ticket-00000000000000000002-1-a":  # perhaps it is being written
+            os.utime(path, (time.time() - 2 * host.TIDY_TIME,) * 2)
+    monkeypatch.setattr(second, "_tidied_at", time.monotonic() - host.TIDY_TIME)
+    assert isinstance(second.claim(claim("gpu", who="second")), Refused)
+    mine = {living._socket_name, *living._ticket_ids}
+    assert {path.name for path in queue.iterdir()} == {*mine, "ticket-00000000000000000002-1-a"}

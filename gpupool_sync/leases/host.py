@@ -97,6 +97,10 @@ MOST_STALE = 8
 #: Nanoseconds after the last change of the queue's directory from which on the next one surely bears another time: file
 #: systems count in ticks of some milliseconds.
 SETTLED = 100_000_000
+#: Seconds after which a process looks again for what dead ones have left in the queue; as old is all that is removed.
+TIDY_TIME = 60.0
+#: So many names it looks at then.
+TIDY_MOST = 64
 #: Seconds for which tickets that were seen say that somebody waits.
 CROWDED_TIME = 0.1
 
@@ -501,6 +505,7 @@ class HostStore:
         self._saw_waiting = float("-inf")  # when tickets were seen
         # When it was read (`time.time_ns`), the directory's last change at that time, and the names of tickets.
         self._queue_listing: tuple[int, int, list[str]] = (0, -1, [])
+        self._tidied_at = time.monotonic()
         self._closed: dict[str, float] = {}  # card key -> since when, as last read
         self._hints = Subscribers()
         self._socket: socket.socket | None = None
@@ -1527,6 +1532,9 @@ class HostStore:
             found.sort()
             names = found[bisect_left(found, "ticket-") : bisect_left(found, "ticket.")]  # all that begin like this
             self._queue_listing = known_at, changed_at, names
+            if time.monotonic() - self._tidied_at >= TIDY_TIME:
+                self._tidied_at = time.monotonic()
+                self._tidy(found)
         if names:
             self._saw_waiting = self._clock()
         if len(self._told) > len(names) + (MOST_STALE if names else 0):
@@ -1535,6 +1543,29 @@ class HostStore:
             for name in [name for name in list(self._told) if name not in there]:
                 self._told.pop(name, None)
         return names
+
+    def _tidy(self, found: Sequence[str]) -> None:
+        """
+        Remove what killed processes have left in the queue, and nobody comes upon.
+
+        Sockets that no ticket names, tickets that were never written, and those that another user's process has found
+        dead but must not remove.
+        """
+        start = int.from_bytes(os.urandom(4), "big") % max(1, len(found))
+        for name in [*found[start:], *found[:start]][:TIDY_MOST]:
+            with contextlib.suppress(OSError):
+                if name in self._ticket_ids or name == self._socket_name:
+                    continue
+                # By the wall clock, as the file's time is: set back, it only takes longer.
+                there = os.stat(name, dir_fd=self._directory.queue_fd, follow_symlinks=False)
+                if time.time() - there.st_mtime < TIDY_TIME:
+                    continue
+                if name.startswith("sock-"):
+                    dead = stat.S_ISSOCK(there.st_mode) and not self._accepts(name)
+                else:
+                    dead = name.startswith("ticket-") and (not there.st_size or not self._has_owner(name))
+                if dead:
+                    os.unlink(name, dir_fd=self._directory.queue_fd)
 
     def _drop_ticket(self, claim_id: str) -> None:
         ticket = self._tickets.get(claim_id)
@@ -1649,8 +1680,10 @@ class HostStore:
             path = _socket_of(os.pread(file.fd, SOCKET_BYTES, _STAMPS))
         except OSError:
             return True  # it has left
-        if path is None:
-            return True
+        return path is None or self._accepts(path)
+
+    def _accepts(self, path: str) -> bool:
+        """Whether there is somebody behind the socket; true if that cannot be told."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             try:
                 sender.connect(self._directory.socket_path(path))
