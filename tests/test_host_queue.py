@@ -523,3 +523,15 @@ def test_what_killed_processes_left_in_the_queue_goes(stores, locks, clock, monk
     assert isinstance(second.claim(claim("gpu", who="second")), Refused)
     mine = {living._socket_name, *living._ticket_ids}
     assert {path.name for path in queue.iterdir()} == {*mine, "ticket-00000000000000000002-1-a"}
+
+
+def test_a_card_is_not_ours_any_more_when_the_next_one_is_told(stores, clock):
+    """Who waits on another thread of the same process may claim it before the one who tells it goes on."""
+    (store,) = stores(1)
+    held = claim("gpu", who="one")
+    granted(store.claim(held))
+    waits = wait(store, "gpu", who="two")
+    outcomes = []
+    store.subscribe(lambda ids: outcomes.append(store.claim(waits)))
+    store.release([held.id])
+    assert granted(outcomes[0]) == ("gpu",)

@@ -1213,8 +1213,6 @@ class HostStore:
                 now = self._clock()
                 ticket = self._next_for(held, now) if given_back else None
                 promised = self._free(held, given_back=given_back, promise=ticket)
-                if ticket is None or not promised or not self._tell_one(ticket, held.lease.cards[0], now):
-                    freed += held.lease.cards
                 shared = shared or held.lease.share is not None
                 with self._lock:
                     self._held.pop(lease_id, None)
@@ -1222,6 +1220,9 @@ class HostStore:
                     for key in held.lease.cards:
                         if self._mine.get(key) == lease_id:
                             del self._mine[key]
+                # Told last: another thread of ours may claim it at once, and must not find it ours.
+                if ticket is None or not promised or not self._tell_one(ticket, held.lease.cards[0], now):
+                    freed += held.lease.cards
             if lease_id in self._tickets:
                 self._drop_ticket(lease_id)
                 waited = True
