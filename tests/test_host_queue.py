@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.leases import host
 from gpupool_sync.leases.base import Granted, Queued, Refused, Share
 from gpupool_sync.leases.host import CROWDED_TIME, RECORD_BYTES, RECORD_TIME, HostStore
@@ -535,3 +537,20 @@ def test_a_card_is_not_ours_any_more_when_the_next_one_is_told(stores, clock):
     store.subscribe(lambda ids: outcomes.append(store.claim(waits)))
     store.release([held.id])
     assert granted(outcomes[0]) == ("gpu",)
+
+
+def test_who_cannot_leave_a_ticket_does_not_pass_those_who_could(stores, monkeypatch):
+    """Such as on a file system that is full by now."""
+    first, older, newer = stores(3)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+    wait(older, "gpu", who="older")
+    newer.queue()  # so it knows that somebody waits
+    first.release([held.id])
+    monkeypatch.setattr(newer, "_leave_ticket", full)
+    with pytest.raises(LeaseStoreError, match="full"):
+        newer.claim(claim("gpu", who="newer", queue=True))
+
+
+def full(claim):
+    raise OSError(errno.ENOSPC, "no space left on device")

@@ -563,6 +563,7 @@ class HostStore:
             except OSError as exc:  # such as a full file system
                 self._drop_ticket(claim.id)
                 unqueued = exc
+                names = self._ticket_names()  # those who could leave theirs are served first
             granted = self._try(claim, names)
         if granted is None:
             if unqueued is not None:
