@@ -89,7 +89,7 @@ def _show(value: object) -> str:
 
 def _show_url(value: object) -> str:
     """`_show`, of what should be a URL: without a scheme what stands behind a colon may be a password all the same."""
-    if isinstance(value, str) and not _SCHEME.match(value):
+    if isinstance(value, str) and not _SCHEME.match(value) and not value.startswith("file:"):
         return _show(redact_url(f"http://{value}")[len("http://") :])
     return _show(value)
 
