@@ -554,3 +554,19 @@ def test_who_cannot_leave_a_ticket_does_not_pass_those_who_could(stores, monkeyp
 
 def full(claim):
     raise OSError(errno.ENOSPC, "no space left on device")
+
+
+@pytest.mark.parametrize("note", [None, "n" * 200])
+def test_the_first_look_at_a_record_sees_whether_it_is_held(stores, note):
+    """What decides stands at its beginning, before what may be long."""
+    first, second = stores(2)
+    held, other = claim("a", who="first" * 20, note=note), claim("b", who="first" * 20, note=note)
+    for each in (held, other):
+        granted(first.claim(each))
+    wish = claim("a", "b", "c", who="second")
+    for key in ("a", "b"):
+        second._raw_record(key)
+    assert second._perhaps_free(wish) == ["c"]
+    first.release([other.id])
+    assert second._perhaps_free(wish) == ["b", "c"]
+    assert granted(second.claim(wish)) == ("b",)

@@ -70,6 +70,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 #: Records are padded to this many bytes, so that a file system that fills up later still takes the next one.
 RECORD_BYTES = 1024
+#: So many bytes at the beginning of a record surely say whether it is one of a lease that is held.
+PEEK_BYTES = 256
 #: Bytes after the record where anybody can say that its lease is revoked: what the holder writes does not undo it.
 MARK_BYTES = 512
 #: Bytes that it takes to note for whom a card is, at most.
@@ -151,6 +153,10 @@ def boot_id() -> str:
 #: Makes an object that owns a descriptor and closes it when it is freed, in C. They are made for the descriptors of
 #: event queues, but look at nothing but the number.
 _own: Callable[[int], Any] = getattr(select, "epoll" if hasattr(select, "epoll") else "kqueue").fromfd
+
+
+#: Let others that are ready run first; not everywhere is that possible.
+_step_back: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
 
 
 class _Descriptor:
@@ -352,6 +358,16 @@ class _Readers:
         if len(self._files) < MOST_OPEN:
             self._files[name] = file, time.monotonic() + RECORD_TIME
         return data
+
+    def peek(self, name: str, size: int, now: float) -> bytes:
+        """`read`, at *now* (`time.monotonic`), of a file that is open and believed to be there; else nothing."""
+        known = self._files.get(name)
+        if known is None or now >= known[1]:
+            return b""
+        try:
+            return os.pread(known[0].fd, size, 0)
+        except OSError:
+            return b""
 
     def forget(self, name: str) -> None:
         """The file is not needed any more."""
@@ -651,6 +667,11 @@ class HostStore:
         own = self._tickets.get(claim.id)
         glance = _Glance(names, "" if own is None else own.name)
         fits = partial(self._fits_by_record, glance, claim.emptied)
+        if claim.share is None:
+            perhaps = set(self._perhaps_free(claim))
+            glance.free.update(
+                {(wanted.key, False): False for group in claim.groups for wanted in group if wanted.key not in perhaps}
+            )
         while True:
             mine = {wanted.key for group in claim.groups for wanted in group if fits(wanted, claim.share, ())}
             picked: Sequence[str] | None = None
@@ -1123,6 +1144,21 @@ class HostStore:
         """
         return _HELD in raw and self._boot_mark in raw
 
+    def _perhaps_free(self, claim: Claim) -> list[str]:
+        """
+        The cards that *claim* wants, whole, less those of which a first look at their records says that they are held.
+
+        Mostly that is all of them, and then a turn costs little else than this.
+        """
+        peek, now, mark = self._card_files.peek, time.monotonic(), self._boot_mark
+        left: list[str] = []
+        for group in claim.groups:
+            for wanted in group:
+                raw = peek(_file_name(wanted.key), PEEK_BYTES, now)
+                if not (_HELD in raw and mark in raw):
+                    left.append(wanted.key)
+        return left
+
     def _fits_by_record(
         self,
         glance: _Glance,
@@ -1224,6 +1260,9 @@ class HostStore:
                 # Told last: another thread of ours may claim it at once, and must not find it ours.
                 if ticket is None or not promised or not self._tell_one(ticket, held.lease.cards[0], now):
                     freed += held.lease.cards
+                else:
+                    # With more processes than processors, who has the card now should run before what we do next.
+                    _step_back()
             if lease_id in self._tickets:
                 self._drop_ticket(lease_id)
                 waited = True
@@ -1835,8 +1874,7 @@ class HostStore:
                 queue.remove(name)
 
     def _left_of(self, claim: Claim, glance: _Glance) -> list[str]:
-        wished = (wanted.key for group in claim.groups for wanted in group)
-        return [key for key in wished if self._free_by_record(glance, key, {}, shared=False)]
+        return [key for key in self._perhaps_free(claim) if self._free_by_record(glance, key, {}, shared=False)]
 
     def _need_socket(self) -> None:
         if self.is_listening():
