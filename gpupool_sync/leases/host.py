@@ -347,10 +347,10 @@ class _Readers:
         known = self._files.get(name)
         if known is not None:
             file, until = known
-            if time.monotonic() < until:
-                return os.pread(file.fd, size, 0)
-            if os.fstat(file.fd).st_nlink:
-                self._files[name] = file, time.monotonic() + RECORD_TIME
+            now = time.monotonic()
+            if now >= until and os.fstat(file.fd).st_nlink:
+                self._files[name] = known = file, now + RECORD_TIME
+            if now < known[1]:
                 return os.pread(file.fd, size, 0)
             self.forget(name)
         file = _opened(name, _READ, dir_fd=dir_fd)
@@ -1912,9 +1912,8 @@ class HostStore:
 
     def end_listening(self) -> None:
         """Make whoever is in `listen` look up: a message to ourselves."""
-        with contextlib.suppress(
-            OSError
-        ):  # no descriptor left for a sender: then it looks up by itself within a second
+        # Without a descriptor left for a sender it looks up by itself within a second.
+        with contextlib.suppress(OSError):
             if self.is_listening():
                 self._send(self._socket_name, b" ")
 
