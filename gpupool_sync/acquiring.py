@@ -1,6 +1,6 @@
 """How a GPU is acquired: look, let the strategy order what would do, claim, and wait with a ticket.
 
-Copy the snapshots under the table's lock; filter them; let the strategy order the endpoints; claim at the arbiter; on
+Take the table's snapshots; filter them; let the strategy order the endpoints; claim at the arbiter; on
 refusal go on with the rest; then wait.  Nothing that blocks happens under a lock, and the arbiter alone decides.
 """
 
@@ -612,13 +612,13 @@ def _emptied(store: LeaseStore, offers: Sequence[tuple[Seen, Sequence[Card]]]) -
 
 def _busy(state: PoolState, request: GPURequest, offers: Sequence[tuple[Seen, Sequence[Card]]]) -> Mapping[str, float]:
     """Of the cards whose reading counts only if they have no holder: seconds since that reading."""
-    now = boottime()
     busy: dict[str, float] = {}
     for each, cards in offers:
         vetoed = screened_for(state, each.snapshot, request).vetoed
         if vetoed:
+            age = max(0.0, each.snapshot.age(boottime()))
             against = {card.key for card, _ in vetoed}
-            busy |= dict.fromkeys([card.key for card in cards if card.key in against], max(0.0, each.snapshot.age(now)))
+            busy |= dict.fromkeys([card.key for card in cards if card.key in against], age)
     return busy
 
 

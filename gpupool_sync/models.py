@@ -179,7 +179,7 @@ def _number(value: object, what: str, *, low: float, high: float | None = None) 
     return float(value)
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class GPURequest:
     """
     What a caller asks for; hashable, so that answers to equal requests can be remembered.

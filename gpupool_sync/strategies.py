@@ -256,6 +256,8 @@ class Availability(CountingStrategy):
         return stats
 
     def _best_first(self, endpoints: Sequence[EndpointView]) -> list[EndpointView]:
+        if len(endpoints) == 1:
+            return list(endpoints)
         tie = NEAR_TIE if self._spread else 0.0
         chance = self._random.random
         shares = [view.free_gpus / view.total_gpus if view.total_gpus > 0 else 0.0 for view in endpoints]

@@ -210,7 +210,9 @@ class Listener:
     def _is_alone(self, waiter: Waiter, room: WaitingRoom) -> bool:
         with self._lock:
             self._rooms.add(room)
-            alone = self._thread is None and sum(map(len, self._rooms)) <= 1
+            # Mostly there is one room.
+            waiters = len(room) if len(self._rooms) == 1 else sum(map(len, self._rooms))
+            alone = self._thread is None and waiters <= 1
             if alone:
                 self._alone = waiter
             return alone
@@ -293,6 +295,9 @@ _listeners_lock = threading.Lock()
 
 def listener(store: LeaseStore) -> Listener:
     """The listener of this process for *store*."""
+    found = _listeners.get(store)
+    if found is not None:
+        return found
     with _listeners_lock:
         if store not in _listeners:
             _listeners[store] = Listener(store)

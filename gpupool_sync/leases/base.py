@@ -7,7 +7,7 @@ suite runs over every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import attrs
 
@@ -52,8 +52,7 @@ class Share:
         return f"{self.memory_mb:.0f} MiB" if self.memory_mb is not None else f"one of {self.places} places"
 
 
-@attrs.frozen
-class Wanted:
+class Wanted(NamedTuple):
     """One card that would do; `room_mb` matters only to shares by memory."""
 
     key: str

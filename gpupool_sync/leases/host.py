@@ -32,6 +32,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import attrs
+
 from gpupool_sync.clock import boottime
 from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError
 from gpupool_sync.leases.base import (
@@ -208,6 +210,7 @@ class _Directory:
         self._queue_owner = self._open(_QUEUE, self.fd)
         self.queue_fd = self._queue_owner.fd
         self._identity, self._queue_identity = _identity(os.fstat(self.fd)), _identity(os.fstat(self.queue_fd))
+        self._has_proc = os.path.isdir(f"/proc/self/fd/{self.fd}")
 
     def _open(self, name: str, dir_fd: int | None) -> _Descriptor:
         left = 20
@@ -244,7 +247,8 @@ class _Directory:
     @staticmethod
     def _is_at(identity: tuple[int, int], name: str, dir_fd: int | None) -> bool:
         try:
-            return _identity(os.stat(name, dir_fd=dir_fd, follow_symlinks=False)) == identity
+            found = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            return found.st_ino == identity[1] and found.st_dev == identity[0]
         except (FileNotFoundError, NotADirectoryError):
             return False
 
@@ -298,20 +302,21 @@ class _Directory:
         os.fchmod(made.fd, 0o666)
         return made
 
-    @staticmethod
-    def names(dir_fd: int) -> list[str]:
+    def names(self, dir_fd: int) -> list[str]:
         """
         What is in the directory now.
 
         By a descriptor of its own: all who list one descriptor, threads and forked children, move one position, and
         each would miss the names that another has just read.
         """
+        if self._has_proc:
+            return os.listdir(f"/proc/self/fd/{dir_fd}")  # opens it anew, and closes it, all in C
         own = _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
         return os.listdir(own.fd)
 
     def socket_path(self, name: str) -> str:
         """Where a socket of the queue is: by descriptor, as long paths do not fit into a socket's address."""
-        if os.path.isdir("/proc/self/fd"):
+        if self._has_proc:
             return f"/proc/self/fd/{self.queue_fd}/{name}"
         return os.path.join(self.path, _QUEUE, name)
 
@@ -359,15 +364,16 @@ class _Readers:
             self._files[name] = file, time.monotonic() + RECORD_TIME
         return data
 
-    def peek(self, name: str, size: int, now: float) -> bytes:
-        """`read`, at *now* (`time.monotonic`), of a file that is open and believed to be there; else nothing."""
-        known = self._files.get(name)
-        if known is None or now >= known[1]:
-            return b""
-        try:
-            return os.pread(known[0].fd, size, 0)
-        except OSError:
-            return b""
+    def peek(self, names: Iterable[str], size: int) -> list[bytes]:
+        """`read`, of those files that are open and believed to be there; nothing of the others."""
+        now, files, found = time.monotonic(), self._files, []
+        for name in names:
+            known = files.get(name)
+            try:
+                found.append(b"" if known is None or now >= known[1] else os.pread(known[0].fd, size, 0))
+            except OSError:
+                found.append(b"")
+        return found
 
     def forget(self, name: str) -> None:
         """The file is not needed any more."""
@@ -667,13 +673,14 @@ class HostStore:
         own = self._tickets.get(claim.id)
         glance = _Glance(names, "" if own is None else own.name)
         fits = partial(self._fits_by_record, glance, claim.emptied)
+        perhaps = everything = [wanted for group in claim.groups for wanted in group]
         if claim.share is None:
-            perhaps = set(self._perhaps_free(claim))
-            glance.free.update(
-                {(wanted.key, False): False for group in claim.groups for wanted in group if wanted.key not in perhaps}
-            )
+            perhaps = self._perhaps_free(claim)
+            glance.free = dict.fromkeys([(wanted.key, False) for wanted in everything], False)
+            for wanted in perhaps:
+                glance.free.pop((wanted.key, False), None)
         while True:
-            mine = {wanted.key for group in claim.groups for wanted in group if fits(wanted, claim.share, ())}
+            mine = {wanted.key for wanted in perhaps if fits(wanted, claim.share, ())}
             picked: Sequence[str] | None = None
             # The tickets are read when there is something to share out; where all cards are held, claims end before.
             if len(mine) >= claim.count:
@@ -685,6 +692,7 @@ class HostStore:
                     continue
             if picked is None:
                 if claim.count > 1 and self._find_ended(claim, glance):
+                    perhaps = everything
                     continue
                 if claim.share is not None and self._find_ended_shares(claim, fits):
                     continue
@@ -741,13 +749,19 @@ class HostStore:
 
     def _take_over(self, claim: Claim, names: Sequence[str], glance: _Glance, now: float) -> _Held | None:
         """Cards whose record says held though the kernel says free: their holder died without a word."""
+        shared = claim.share is not None
+        # Who has a ticket looks again within a second, so each card is asked for only now and then; a claim without
+        # one asks in any case, as it may be the only one.
+        recent = now - RECORD_TIME if claim.queue else float("inf")
         for group in claim.groups:
-            left = [
-                wanted
-                for wanted in group
-                if not (glance.free.get((wanted.key, claim.share is not None), False) or wanted.key in glance.promised)
-                and self._may_have_ended(wanted.key, claim, now)
-            ]
+            left: list[Wanted] = []
+            for wanted in group:
+                key = wanted.key
+                if self._checked.get(key, float("-inf")) > recent:
+                    continue
+                if not (glance.free.get((key, shared), False) or key in glance.promised):
+                    self._checked[key] = now
+                    left.append(wanted)
             granted = self._lock_some(claim, left, group)
             if granted is None:
                 continue
@@ -760,18 +774,6 @@ class HostStore:
             self._free(granted, unused=True)
             self._tell(queue, hinted, now)
         return None
-
-    def _may_have_ended(self, key: str, claim: Claim, now: float) -> bool:
-        """
-        Whether to ask the kernel for a card whose record says held.
-
-        Who has a ticket looks again within a second, so each card is asked for at most every `RECORD_TIME`; a claim
-        without one asks in any case, as it may be the only one.
-        """
-        if claim.queue and now - self._checked.get(key, float("-inf")) < RECORD_TIME:
-            return False
-        self._checked[key] = now
-        return True
 
     def _lock_some(self, claim: Claim, order: Sequence[Wanted], group: Sequence[Wanted]) -> _Held | None:
         """Lock `count` of the cards, all or nothing."""
@@ -1144,20 +1146,16 @@ class HostStore:
         """
         return _HELD in raw and self._boot_mark in raw
 
-    def _perhaps_free(self, claim: Claim) -> list[str]:
+    def _perhaps_free(self, claim: Claim) -> list[Wanted]:
         """
         The cards that *claim* wants, whole, less those of which a first look at their records says that they are held.
 
         Mostly that is all of them, and then a turn costs little else than this.
         """
-        peek, now, mark = self._card_files.peek, time.monotonic(), self._boot_mark
-        left: list[str] = []
-        for group in claim.groups:
-            for wanted in group:
-                raw = peek(_file_name(wanted.key), PEEK_BYTES, now)
-                if not (_HELD in raw and mark in raw):
-                    left.append(wanted.key)
-        return left
+        mark = self._boot_mark
+        wanted = [wanted for group in claim.groups for wanted in group]
+        seen = self._card_files.peek([_file_name(each.key) for each in wanted], PEEK_BYTES)
+        return [each for each, raw in zip(wanted, seen, strict=True) if not (_HELD in raw and mark in raw)]
 
     def _fits_by_record(
         self,
@@ -1284,12 +1282,10 @@ class HostStore:
             loaded = self._load_ticket(name)
             if loaded is None:
                 continue
-            claim, hinted_at, _, _ = loaded
-            if not _is_plain(claim) or (hinted_at is not None and now - hinted_at >= ANSWER_TIME):
+            what, hinted_at = loaded[0].what, loaded[1]
+            if not what.is_plain or (hinted_at is not None and now - hinted_at >= ANSWER_TIME):
                 return None
-            if hinted_at is None and any(
-                wanted.key == held.lease.cards[0] for group in claim.groups for wanted in group
-            ):
+            if hinted_at is None and held.lease.cards[0] in what.keys:
                 return name
         return None
 
@@ -1324,9 +1320,7 @@ class HostStore:
                     elif ".share-" in name:
                         os.unlink(name, dir_fd=self._directory.fd)
                 # For all: a forked child has the same lock through its copy of the descriptor.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file.fd, fcntl.LOCK_UN)
-                file.close()
+                file.unlock()
         for key in held.lease.cards:
             if held.lease.share is not None:
                 self._note_last_share(key, held.lease, now)
@@ -1404,11 +1398,13 @@ class HostStore:
         directory = self._directory
         if not directory.is_there():
             return f"the lock directory {self._path} was deleted or replaced"
-        # What cannot be looked at is not said to be gone.
-        with held.guard, contextlib.suppress(OSError):
-            for file, name in zip(held.files, held.names, strict=True):
-                if file.fd >= 0 and not directory.is_current(file, name, directory.fd):
-                    return f"its lock file {self._path}/{name} was deleted or replaced"
+        try:
+            with held.guard:
+                for file, name in zip(held.files, held.names, strict=True):
+                    if file.fd >= 0 and not directory.is_current(file, name, directory.fd):
+                        return f"its lock file {self._path}/{name} was deleted or replaced"
+        except OSError:
+            return None  # what cannot be looked at is not said to be gone
         return None
 
     def closed(self) -> Mapping[str, float]:
@@ -1554,7 +1550,7 @@ class HostStore:
     def _position(self, claim_id: str, names: Sequence[str]) -> int:
         """How many of the tickets stand before that of the claim."""
         ticket = self._tickets.get(claim_id)
-        return 0 if ticket is None else sum(name < ticket.name for name in names)
+        return 0 if ticket is None else bisect_left(names, ticket.name)
 
     def _rename_ticket(self, ticket: _Ticket, name: str) -> None:
         self._ticket_ids[name] = ticket.claim.id
@@ -1644,19 +1640,21 @@ class HostStore:
             loaded = None if name in served else self._load_ticket(name)
             if loaded is None:
                 continue
-            read, hinted_at, spoke_at, place = loaded
+            told, hinted_at, spoke_at = loaded
             if claim is not None and self._ticket_ids.get(name) == claim.id:
-                queue.load(claim, place, None, spoke_at)
+                queue.load(claim, told.place, None, spoke_at)
             else:
-                ticket = queue.load(read, place, hinted_at, spoke_at)
-                if left and _is_plain(read) and ticket.ready(now) and ticket.keys >= contested:  # type: ignore[operator]
+                ticket = queue.load(told.claim(name), told.place, hinted_at, spoke_at)
+                what = told.what
+                if left and what.is_plain and ticket.ready(now) and what.keys.issuperset(contested or ()):
                     left -= 1
         if claim is not None and own is not None and claim.id not in queue:
             # Those before it were enough. Without its own place the claim would stand where its `waited` puts it.
             queue.load(claim, _place_of(own.name), None, now)
         return queue
 
-    def _load_ticket(self, name: str) -> tuple[Claim, float | None, float, float] | None:
+    def _load_ticket(self, name: str) -> tuple[_Told, float | None, float] | None:
+        """What the ticket says, when its owner was hinted at, if it has not answered, and when that spoke last."""
         try:
             data = self._ticket_files.read(name, SHORT_BODY, self._directory.queue_fd)
             if len(data) == SHORT_BODY:
@@ -1664,10 +1662,9 @@ class HostStore:
             body = data[_STAMPS:]
             told = self._told.get(name)
             if told is None or told.body != body:
-                place = _place_of(name)
-                self._told[name] = told = _Told(body, _claim_of(name, body), place)
+                self._told[name] = told = _told_of(name, body)
             hinted, spoke = data[:_STAMPS].split()
-            return told.claim, None if hinted == b"-" else float(hinted), float(spoke), told.place
+            return told, None if hinted == b"-" else float(hinted), float(spoke)
         except (OSError, ValueError, TypeError, KeyError, IndexError):
             return None  # gone, half written, or not ours: no reason to keep anybody from a card
 
@@ -1777,15 +1774,14 @@ class HostStore:
             loaded = self._load_ticket(name)
             if loaded is None:
                 continue
-            claim, hinted_at, _, _ = loaded
-            if not _is_plain(claim):
+            what, hinted_at = loaded[0].what, loaded[1]
+            if not what.is_plain:
                 return False
             if hinted_at is not None and now - hinted_at >= ANSWER_TIME:
                 return False  # what it was told of may still be free
             if hinted_at is not None and (fresh or name in served):
                 continue  # it is about to take another one
-            wanted = {wanted.key for group in claim.groups for wanted in group}
-            first = next((key for key in left if key in wanted), None)
+            first = next((key for key in left if key in what.keys), None)
             # Which of them it is to be is not known if some are spoken for: it looks for itself.
             if first is not None and (hinted_at is not None or self._tell_one(name, first if fresh else None, now)):
                 left.remove(first)
@@ -1806,7 +1802,7 @@ class HostStore:
             loaded = self._load_ticket(name)
             if loaded is None or (loaded[1] is not None and now - loaded[1] >= ANSWER_TIME):
                 continue
-            wanted = {wanted.key for group in loaded[0].groups for wanted in group}
+            wanted = loaded[0].what.keys
             if not left.isdisjoint(wanted) and self._tell_one(name, None, now, noted=False):
                 left -= wanted
 
@@ -1874,7 +1870,8 @@ class HostStore:
                 queue.remove(name)
 
     def _left_of(self, claim: Claim, glance: _Glance) -> list[str]:
-        return [key for key in self._perhaps_free(claim) if self._free_by_record(glance, key, {}, shared=False)]
+        perhaps = [wanted.key for wanted in self._perhaps_free(claim)]
+        return [key for key in perhaps if self._free_by_record(glance, key, {}, shared=False)]
 
     def _need_socket(self) -> None:
         if self.is_listening():
@@ -2097,13 +2094,14 @@ def _revoked_by(held: _Held) -> str | None:
         for file in held.files:
             if file.fd < 0:
                 continue
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            try:
                 raw = os.pread(file.fd, MARK_BYTES, RECORD_BYTES)
-                if raw:
-                    mark = json.loads(raw)
-                    # One of an earlier lease stays there until it is overwritten.
-                    if mark.get("token") == held.lease.token:
-                        return clean_text(str(mark.get("by")))[:100]
+                mark = json.loads(raw) if raw else {}
+                # One of an earlier lease stays there until it is overwritten.
+                if mark.get("token") == held.lease.token:
+                    return clean_text(str(mark.get("by")))[:100]
+            except (OSError, ValueError, AttributeError):
+                continue
     return None
 
 
@@ -2160,12 +2158,41 @@ _holder_json = lru_cache(maxsize=64)(lambda holder: _encode(_holder_dict(holder)
 _key_json = lru_cache(maxsize=65536)(_encode)
 
 
+@attrs.frozen
+class _What:
+    """What a ticket wants."""
+
+    groups: tuple[tuple[Wanted, ...], ...]
+    count: int
+    share: Share | None
+    reserve: bool
+    #: All cards that it names.
+    keys: frozenset[str]
+    #: Whether it takes one whole card, and so holds back nothing while it waits.
+    is_plain: bool
+
+
 class _Told(NamedTuple):
     """A ticket that was read."""
 
     body: bytes
-    claim: Claim
     place: float
+    holder: Holder
+    note: str | None
+    what: _What
+
+    def claim(self, name: str) -> Claim:
+        """The claim of the ticket, whose *name* stands for its id."""
+        what = self.what
+        return Claim(
+            id=name,
+            holder=self.holder,
+            groups=what.groups,
+            count=what.count,
+            share=what.share,
+            reserve=what.reserve,
+            note=self.note,
+        )
 
 
 # A ticket's body is three lines: where its process listens, who it is, what it wants. Whoever wants a card reads all
@@ -2194,12 +2221,17 @@ def _what_line(groups: tuple[tuple[Wanted, ...], ...], count: int, share: Share 
     )
 
 
-def _claim_of(name: str, body: bytes) -> Claim:
-    """The claim of a ticket, whose name stands for its id."""
+def _told_of(name: str, body: bytes) -> _Told:
+    """
+    What the ticket of this name says.
+
+    Raises:
+        ValueError, TypeError, KeyError, IndexError: it is no proper ticket.
+    """
     _, who, what = body.split(b"\n")
     holder, note = _parse_who(who)
-    groups, count, share, reserve = _parse_what(what) if len(what) < SHORT_BODY else _parse_what.__wrapped__(what)
-    return Claim(id=name, holder=holder, groups=groups, count=count, share=share, reserve=reserve, note=note)
+    wants = _parse_what(what) if len(what) < SHORT_BODY else _parse_what.__wrapped__(what)
+    return _Told(body, _place_of(name), holder, note, wants)
 
 
 @lru_cache(maxsize=1024)
@@ -2209,14 +2241,18 @@ def _parse_who(line: bytes) -> tuple[Holder, str | None]:
 
 
 @lru_cache(maxsize=256)
-def _parse_what(line: bytes) -> tuple[tuple[tuple[Wanted, ...], ...], int, Share | None, bool]:
+def _parse_what(line: bytes) -> _What:
     told = json.loads(line)
     share = told["share"]
-    return (
-        tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"]),
-        int(told["count"]),
+    groups = tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"])
+    count = int(told["count"])
+    return _What(
+        groups,
+        count,
         None if share is None else Share(memory_mb=share[0], places=share[1]),
         bool(told["reserve"]),
+        keys=frozenset(wanted.key for group in groups for wanted in group),
+        is_plain=count == 1 and share is None,
     )
 
 
@@ -2241,11 +2277,6 @@ def _stamps(hinted: float | None, spoke: float) -> bytes:
 
 def _hint_stamp(now: float) -> bytes:
     return f"{now:<31.6f}".encode()
-
-
-def _is_plain(claim: Claim) -> bool:
-    """Whether it takes one whole card, and holds back nothing while it waits."""
-    return claim.count == 1 and claim.share is None
 
 
 def _message(ticket: str, offered: str | None, now: float) -> bytes:
