@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -250,6 +251,7 @@ def test_files_that_are_kept_open_end_with_the_store(stores):
     def _is_open(fd):
         return os.path.lexists(f"/proc/self/fd/{fd}")
 
+    gc.collect()  # what the tests before this one have left open in cycles
     before = open_files()
     first, second = stores(2)
     cards = [f"gpu-{number}" for number in range(100)]
