@@ -572,3 +572,125 @@ def test_the_first_look_at_a_record_sees_whether_it_is_held(stores, note):
     first.release([other.id])
     assert [wanted.key for wanted in second._perhaps_free(wish)] == ["b", "c"]
     assert granted(second.claim(wish)) == ("b",)
+
+
+STAMPS = b"-                               1.0".ljust(64) + b"sock-0123456789abcdef\n"
+WHO = b'{"note":null}\n'
+WHAT = b'{"count":1,"reserve":true,"share":null,"groups":[[["a",null]]]}'
+
+
+def what(groups, count=b"1", share=b"null"):
+    return b'{"count":%s,"reserve":true,"share":%s,"groups":%s}' % (count, share, groups)
+
+
+GARBLED_TICKETS = {
+    "nothing": b"",
+    "no line": STAMPS[:64],
+    "who: a list": STAMPS + b"[]\n" + WHAT,
+    "who: null": STAMPS + b"null\n" + WHAT,
+    "who: nested": STAMPS + b"[" * 1500 + b"\n" + WHAT,
+    "pid: infinite": STAMPS + b'{"note":null,"pid":Infinity}\n' + WHAT,
+    "pid: a list": STAMPS + b'{"note":null,"pid":[]}\n' + WHAT,
+    "note: a list": STAMPS + b'{"note":[1]}\n' + WHAT,
+    "count: infinite": STAMPS + WHO + what(b'[[["a",null]]]', b"1e999"),
+    "count: none": STAMPS + WHO + what(b'[[["a",null]]]', b"0"),
+    "count: negative": STAMPS + WHO + what(b'[[["a",null]]]', b"-1"),
+    "key: a list": STAMPS + WHO + what(b'[[[["a"],null],["a",null]]]', b"2"),
+    "key: an object": STAMPS + WHO + what(b'[[[{"a":1},null],["a",null]]]'),
+    "key: a number": STAMPS + WHO + what(b'[[["a",null],[5,null]]]', b"2"),
+    "key: null": STAMPS + WHO + what(b'[[["a",null],[null,null]]]', b"2"),
+    "key: half a character": STAMPS + WHO + what(b'[[["a",null],["\\ud800",null]]]', b"2"),
+    "room: text": STAMPS + WHO + what(b'[[["a","x"]]]', share=b"[5,null]"),
+    "share: text": STAMPS + WHO + what(b'[[["a",5]]]', share=b'["x",null]'),
+    "share: both": STAMPS + WHO + what(b'[[["a",5]]]', share=b"[5,2]"),
+    "share: three": STAMPS + WHO + what(b'[[["a",5]]]', share=b"[5,null,1]"),
+    "places: text": STAMPS + WHO + what(b'[[["a",5]]]', share=b'[null,"x"]'),
+    "groups: an object": STAMPS + WHO + what(b'{"ab":1}'),
+    "wish: nested": STAMPS + WHO + b"[" * 1500,
+    "stamps: no numbers": b"nan                             nan".ljust(64) + STAMPS[64:] + WHO + WHAT,
+    "told in the future": b"1e300                           1.0".ljust(64) + STAMPS[64:] + WHO + WHAT,
+}
+
+
+@pytest.mark.parametrize("garbled", GARBLED_TICKETS.values(), ids=GARBLED_TICKETS)
+def test_a_garbled_ticket_keeps_nobody_from_a_card_and_no_card_from_being_released(stores, locks, garbled):
+    """Everybody may write into the queue: what is no ticket there is nobody's turn."""
+    (store,) = stores(1)
+    held = claim("a", who="first")
+    granted(store.claim(held))
+    # The place of somebody who has waited for years.
+    (locks / "queue" / "ticket-00000000000000000001-aa").write_bytes(garbled)
+
+    granted(store.claim(claim("a", "b", who="other")))
+    shares = [
+        claim("c", who="places", share=Share(places=2)),
+        claim("d", who="memory", share=Share(memory_mb=20.0), room=50.0),
+        claim("e", "f", who="two", count=2, queue=True),
+    ]
+    for each in shares:
+        granted(store.claim(each))
+    waits = claim("a", who="waits", queue=True)
+    assert isinstance(store.claim(waits), Queued)
+    store.release([held.id, *(each.id for each in shares)])
+    assert granted(store.claim(waits)) == ("a",)
+    store.queue()
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    [
+        b"[" * RECORD_BYTES,
+        b'{"v":1,%s,"token":5,"released_at":null,"share":[1]}',
+        b'{"v":1,%s,"token":5,"share":{"places":"x"}}',
+        b'{"v":1,%s,"token":5,"released_at":null,"since":1.0,"holder":[]}',
+        b'{"v":1,%s,"token":1e999,"holder":{}}',
+    ],
+)
+def test_a_garbled_record_is_no_lease(stores, locks, garbled):
+    """Who looks at the leases is not kept from the others by it, and nobody from the card."""
+    (store,) = stores(1)
+    before = claim("gpu")
+    granted(store.claim(before))
+    store.release([before.id])
+    granted(store.claim(claim("other")))
+    garbled = garbled.replace(b"%s", store._boot_mark)
+    for name in ("gpu-gpu", "gpu-gpu.share-0123456789"):
+        (locks / name).write_bytes(garbled.ljust(RECORD_BYTES - 1)[: RECORD_BYTES - 1] + b"\n" + garbled)
+
+    assert [info.cards for info in store.leases()] == [("other",)]
+    assert not store.holders_of("gpu")
+    assert granted(store.claim(claim("gpu", share=Share(places=2)))) == ("gpu",)
+
+
+def test_a_card_is_released_whatever_is_wrong_with_the_queue(stores, monkeypatch):
+    """Who is next may stay unknown; that the card is free may not."""
+    first, second = stores(2)
+    held = claim("gpu", who="first")
+    granted(first.claim(held))
+
+    def broken(dir_fd):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(first._directory, "names", broken)
+    with contextlib.suppress(LeaseStoreError):
+        first.release([held.id])
+    assert granted(second.claim(claim("gpu", who="second"))) == ("gpu",)
+
+
+def test_the_queue_is_listed_where_proc_is_gone(stores, monkeypatch):
+    """As after a chroot."""
+    (store,) = stores(1)
+    listdir = os.listdir
+
+    def without_proc(path):
+        if isinstance(path, str):
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory", path)
+        return listdir(path)
+
+    held, waits = claim("gpu", who="first"), claim("gpu", who="second", queue=True)
+    granted(store.claim(held))
+    monkeypatch.setattr(os, "listdir", without_proc)
+    assert isinstance(store.claim(waits), Queued)
+    assert len(store.queue()) == 1
+    store.release([held.id])
+    assert granted(store.claim(waits)) == ("gpu",)

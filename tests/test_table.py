@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import sys
+
 from cards import reading
+from gpupool_sync import table as table_module
 from gpupool_sync.models import Card, Sample, Snapshot
 from gpupool_sync.table import Table
 from helpers import run_threads
@@ -62,3 +67,43 @@ def test_updates_from_many_threads_are_all_there():
     snapshots, duplicates = table.view()
     assert len(snapshots) == 400
     assert len(duplicates) == 8
+
+
+def test_an_interrupt_leaves_counts_and_snapshots_of_one_state():
+    """Ctrl-C while an endpoint is removed: whatever is said of it afterwards is taken in."""
+    source = inspect.getsource(table_module).splitlines()
+
+    def interrupt_after(lines):
+        def trace(frame, event, _):
+            if frame.f_code.co_filename != table_module.__file__:
+                return None
+            # Not where the lock is taken, which Python does in more than one step.
+            if (
+                event == "line"
+                and not source[frame.f_lineno - 1].lstrip().startswith("with")
+                and next(counted) == lines
+            ):
+                raise KeyboardInterrupt
+            return trace
+
+        counted = itertools.count()
+        return trace
+
+    interrupted = 0
+    for step in range(100):
+        table = Table()
+        table.update(snapshot("a", 0, 1))
+        table.update(snapshot("b", 1))
+        sys.settrace(interrupt_after(step))
+        try:
+            table.forget("a")
+        except KeyboardInterrupt:
+            interrupted += 1
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        table.update(snapshot("a", 2))
+        table.update(snapshot("b", 2))
+        assert table.view()[1] == {"GPU-00000002"}
+    assert interrupted >= 10

@@ -30,7 +30,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import attrs
 
@@ -118,6 +118,8 @@ _ENDED = re.compile(
 )
 # In the record of one that was: the ticket that is next, and when it was told. Quotes inside of strings are escaped.
 _PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",(\d+\.\d+)\]')
+# What comes of reading what anybody may have written.
+_GARBLED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
 _SOCKET = re.compile(rb"(sock-[0-9a-f]{16})\n")
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -310,7 +312,9 @@ class _Directory:
         each would miss the names that another has just read.
         """
         if self._has_proc:
-            return os.listdir(f"/proc/self/fd/{dir_fd}")  # opens it anew, and closes it, all in C
+            # Opened anew and closed in C. It may be gone all the same, as after a chroot.
+            with contextlib.suppress(FileNotFoundError):
+                return os.listdir(f"/proc/self/fd/{dir_fd}")
         own = _opened(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
         return os.listdir(own.fd)
 
@@ -1246,7 +1250,10 @@ class HostStore:
             if held is not None:
                 # Freed first and forgotten afterwards: repeated after an interrupt, both happen again.
                 now = self._clock()
-                ticket = self._next_for(held, now) if given_back else None
+                ticket = None
+                # Whatever is wrong with the queue, it must not keep the card.
+                with contextlib.suppress(OSError):
+                    ticket = self._next_for(held, now) if given_back else None
                 promised = self._free(held, given_back=given_back, promise=ticket)
                 shared = shared or held.lease.share is not None
                 with self._lock:
@@ -1641,10 +1648,11 @@ class HostStore:
             if loaded is None:
                 continue
             told, hinted_at, spoke_at = loaded
+            spoke_at = min(spoke_at, now)  # who says that it spoke in the future would hold cards back until then
             if claim is not None and self._ticket_ids.get(name) == claim.id:
                 queue.load(claim, told.place, None, spoke_at)
             else:
-                ticket = queue.load(told.claim(name), told.place, hinted_at, spoke_at)
+                ticket = queue.load(told.claim, told.place, hinted_at, spoke_at)
                 what = told.what
                 if left and what.is_plain and ticket.ready(now) and what.keys.issuperset(contested or ()):
                     left -= 1
@@ -1664,8 +1672,12 @@ class HostStore:
             if told is None or told.body != body:
                 self._told[name] = told = _told_of(name, body)
             hinted, spoke = data[:_STAMPS].split()
-            return told, None if hinted == b"-" else float(hinted), float(spoke)
-        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            hinted_at = None if hinted == b"-" else float(hinted)
+            # Who says that it will be told of a card would count as about to take it until then.
+            if hinted_at is not None and not hinted_at < self._clock() + ANSWER_TIME:
+                return None
+            return told, hinted_at, float(spoke)
+        except _GARBLED:
             return None  # gone, half written, or not ours: no reason to keep anybody from a card
 
     def _tell(self, queue: TicketQueue, names: Sequence[str], now: float) -> list[str]:
@@ -1997,12 +2009,12 @@ class HostStore:
                 cards=(key,),
                 holder=_holder_from(record["holder"]),
                 token=int(record["token"]),
-                share=None if not share else Share(memory_mb=share["memory_mb"], places=share["places"]),
-                note=record.get("note"),
+                share=None if not share else _share_from(share["memory_mb"], share["places"]),
+                note=_text_or_none(record.get("note")),
                 since=max(0.0, self._clock() - float(record["since"])),
             )
-        except (KeyError, TypeError, ValueError):
-            return None  # garbled: a record informs, it does not decide
+        except _GARBLED:
+            return None  # a record informs, it does not decide
 
     def descriptors(self, lease_id: str) -> Sequence[int]:
         with self._lock:
@@ -2096,12 +2108,12 @@ def _revoked_by(held: _Held) -> str | None:
                 continue
             try:
                 raw = os.pread(file.fd, MARK_BYTES, RECORD_BYTES)
-                mark = json.loads(raw) if raw else {}
-                # One of an earlier lease stays there until it is overwritten.
-                if mark.get("token") == held.lease.token:
-                    return clean_text(str(mark.get("by")))[:100]
-            except (OSError, ValueError, AttributeError):
+            except OSError:
                 continue
+            mark = _parse(raw) if raw else None
+            # One of an earlier lease stays there until it is overwritten.
+            if mark is not None and mark.get("token") == held.lease.token:
+                return clean_text(str(mark.get("by")))[:100]
     return None
 
 
@@ -2126,11 +2138,14 @@ def _padded(record: bytes) -> bytes:
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
+    """A record; None if it is none, as everybody may write there what they like."""
     try:
         record = json.loads(raw)
-    except ValueError:
+    except _GARBLED:
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(record.get("share"), (dict, type(None))):
+        return None
+    return record
 
 
 def _token_of(record: Mapping[str, Any] | None) -> int:
@@ -2172,27 +2187,35 @@ class _What:
     is_plain: bool
 
 
-class _Told(NamedTuple):
+class _Told:
     """A ticket that was read."""
 
-    body: bytes
-    place: float
-    holder: Holder
-    note: str | None
-    what: _What
+    __slots__ = ("_claim", "_holder", "_note", "body", "name", "place", "what")
 
-    def claim(self, name: str) -> Claim:
-        """The claim of the ticket, whose *name* stands for its id."""
-        what = self.what
-        return Claim(
-            id=name,
-            holder=self.holder,
-            groups=what.groups,
-            count=what.count,
-            share=what.share,
-            reserve=what.reserve,
-            note=self.note,
-        )
+    def __init__(self, name: str, body: bytes, holder: Holder, note: str | None, what: _What) -> None:
+        self.name = name
+        self.body = body
+        self.place = _place_of(name)
+        self.what = what
+        self._holder = holder
+        self._note = note
+        self._claim: Claim | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """Its name stands for the id. Made when it is asked for: mostly what it wants says enough."""
+        if self._claim is None:
+            what = self.what
+            self._claim = Claim(
+                id=self.name,
+                holder=self._holder,
+                groups=what.groups,
+                count=what.count,
+                share=what.share,
+                reserve=what.reserve,
+                note=self._note,
+            )
+        return self._claim
 
 
 # A ticket's body is three lines: where its process listens, who it is, what it wants. Whoever wants a card reads all
@@ -2226,34 +2249,57 @@ def _told_of(name: str, body: bytes) -> _Told:
     What the ticket of this name says.
 
     Raises:
-        ValueError, TypeError, KeyError, IndexError: it is no proper ticket.
+        One of `_GARBLED`: it is no proper ticket.
     """
     _, who, what = body.split(b"\n")
     holder, note = _parse_who(who)
     wants = _parse_what(what) if len(what) < SHORT_BODY else _parse_what.__wrapped__(what)
-    return _Told(body, _place_of(name), holder, note, wants)
+    return _Told(name, body, holder, note, wants)
 
 
 @lru_cache(maxsize=1024)
 def _parse_who(line: bytes) -> tuple[Holder, str | None]:
     told = json.loads(line)
-    return _holder_from(told), told["note"]
+    return _holder_from(told), _text_or_none(told["note"])
 
 
 @lru_cache(maxsize=256)
 def _parse_what(line: bytes) -> _What:
     told = json.loads(line)
     share = told["share"]
-    groups = tuple(tuple(Wanted(key, room) for key, room in group) for group in told["groups"])
-    count = int(told["count"])
+    groups = tuple(tuple(_wanted_from(key, room) for key, room in group) for group in told["groups"])
+    count = told["count"]
+    if not isinstance(count, int) or count < 1:
+        raise ValueError("count")
     return _What(
         groups,
         count,
-        None if share is None else Share(memory_mb=share[0], places=share[1]),
+        None if share is None else _share_from(*share),
         bool(told["reserve"]),
         keys=frozenset(wanted.key for group in groups for wanted in group),
         is_plain=count == 1 and share is None,
     )
+
+
+def _wanted_from(key: Any, room: Any) -> Wanted:
+    key.encode()  # or no file can have its name
+    return Wanted(key, None if room is None else _amount(room))
+
+
+def _share_from(memory_mb: Any, places: Any) -> Share:
+    if (memory_mb is None) == (places is None) or not isinstance(places, (int, type(None))):
+        raise ValueError("share")
+    return Share(memory_mb=None if memory_mb is None else _amount(memory_mb), places=places)
+
+
+def _amount(value: Any) -> float:
+    if not isinstance(value, (int, float)):
+        raise TypeError("no number")
+    return float(value)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)[:200]
 
 
 def _socket_of(body: bytes) -> str | None:
