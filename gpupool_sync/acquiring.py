@@ -156,6 +156,8 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
                     _read(state, engine, new, deadline)
                     _require_possible(state, engine, request)
                     seen = look(state, engine, request)
+            if waiter.hints and not engine.watched.complete:
+                seen = _see_hinting(state, engine, request, waiter, seen, deadline)
             claims += _claim_all(state, engine, grant, request, seen, waiter, tickets, last)
             if grant.lease is not None:
                 return claims
@@ -221,6 +223,27 @@ def _read(state: PoolState, engine: Engine, endpoint_ids: Sequence[str], deadlin
     futures = engine.monitor.poll_soon(endpoint_ids)
     mine = Deadline.after(deadline.within(state.settings.endpoint_timeout + 1.0))
     wait_for(futures, mine, enough=lambda: any(future.done() for future in futures))
+
+
+def _see_hinting(
+    state: PoolState,
+    engine: Engine,
+    request: GPURequest,
+    waiter: Waiter,
+    seen: list[Seen],
+    deadline: Deadline,
+) -> list[Seen]:
+    """
+    *seen*, with the servers that hint at *waiter* and are not watched any more, which are read for that.
+
+    It has its ticket there since they were. A hint that nobody answers keeps a free card from all others for a second.
+    """
+    hinting = set(waiter.hints).difference([id(each.store) for each in seen])
+    new = engine.want([each.id for each in engine.endpoints.values() if id(each.server) in hinting]) if hinting else []
+    if not new:
+        return seen
+    _read(state, engine, new, deadline)
+    return look(state, engine, request)
 
 
 def _make_progress(state: PoolState) -> Progress | None:
@@ -376,24 +399,23 @@ def _claim_all(
     chosen = set(map(id, order))
     rest = [each for each in seen if id(each) not in chosen]
     stores = {id(each.store): each.store for each in (*order, *rest)}
-    if len(stores) > 1:
-        # Whoever waits for any of many begins somewhere else.
-        _shuffle(rest)
-        stores = {id(each.store): each.store for each in (*order, *rest)}
     offers: dict[int, list[tuple[Seen, list[Card]]]] = {number: [] for number in stores}
     for each in order:
         offers[id(each.store)].append((each, [*each.free, *_others(each)]))
     for each in rest:
         offers[id(each.store)].append((each, list(each.wanted)))
-    plan: Sequence[Any] = list(stores)
+    plan: list[Any] = list(stores)
     if tickets is not None and waiter is not None and len(stores) > 1:
         hints = []
         while waiter.hints:
             hints.append(waiter.hints.pop())
         # Those of this machine cost next to nothing, and must be looked at: the kernel frees a card without a word.
         hints += [number for number, store in stores.items() if store.scope != "everybody"]
-        newer = promising(order, time.monotonic() - grant.asked_at)
-        plan = tickets.round(plan, list(dict.fromkeys(id(each.store) for each in newer)), hints, time.monotonic())
+        newer = promising(order, time.monotonic() - grant.asked_at, lambda each: id(each.store))
+        # Whoever waits for any of many begins somewhere else. Where cards seem free by older readings is as good as any
+        # other place: the first tries have found these readings out of date.
+        _shuffle(plan)
+        plan = tickets.round(plan, newer, hints, time.monotonic())
     claims = 0
     for number in plan:
         store = stores[number]
@@ -639,4 +661,4 @@ def _may_matter(fault: GPUFault, endpoint_id: str, request: GPURequest) -> bool:
 # Not the generator of `random`, whose state programs set, and forked ones share.
 _system = SystemRandom()
 _random = _system.random
-_shuffle: Callable[[list[Seen]], None] = _system.shuffle
+_shuffle: Callable[[list[Any]], None] = _system.shuffle

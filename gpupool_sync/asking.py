@@ -9,7 +9,7 @@ import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from gpupool_sync.models import EndpointView, GPURequest
@@ -20,8 +20,9 @@ MOST_WATCHED = 500
 SUBSET = 32
 #: Seconds over which it is counted what others take.
 RIVALS_TIME = 10.0
-#: Arbiters at which a waiter leaves tickets at once; more follow while it stands at the head of a queue.
-FIRST_TICKETS = 3
+#: Arbiters at which a waiter leaves tickets at once; more follow while it stands at the head of a queue. With fewer the
+#: wait for one of few arbiters is longer than that of a central queue, with more the servers get more requests.
+FIRST_TICKETS = 12
 #: Refusals after which a caller waits instead of trying what else seemed free.
 MOST_REFUSALS = 3
 #: Arbiters that a waiter asks in one round at most, besides those that hinted or seem to have free cards.
@@ -115,13 +116,18 @@ def attempts(
         left.remove(order[0])
 
 
-def promising(order: Iterable[_C], waited: float) -> list[_C]:
+def promising(order: Iterable[_C], waited: float, arbiter: Callable[[_C], Hashable]) -> dict[Hashable, float]:
     """
-    Of the *order* of endpoints, those that are worth a claim to somebody who has waited so many seconds already.
+    The arbiters of the *order* of endpoints that are worth a claim to somebody who has waited so many seconds already.
 
-    Older readings were there at the first try, which was in vain.
+    With the age of the newest reading, in seconds.  Older readings were there at the first try, which was in vain.
     """
-    return [each for each in order if each.view.age < waited]
+    found: dict[Hashable, float] = {}
+    for each in order:
+        if each.view.age < waited:
+            of = arbiter(each)
+            found[of] = min(each.view.age, found.get(of, math.inf))
+    return found
 
 
 class Rivals:
@@ -179,20 +185,27 @@ class Tickets:
         return min(self._positions.values(), default=None)
 
     def round(
-        self, arbiters: Sequence[Hashable], promising: Sequence[Hashable], hinted: Iterable[Hashable], now: float
+        self,
+        arbiters: Sequence[Hashable],
+        promising: Mapping[Hashable, float],
+        hinted: Iterable[Hashable],
+        now: float,
     ) -> list[Hashable]:
         """
         The arbiters to ask now.
 
         Args:
             arbiters: all that have cards which would do, those to be preferred first.
-            promising: those of them that seem to have free cards, in the order of the strategy.
+            promising: those of them that seem to have free cards, in the order of the strategy, with the age of the
+                newest reading that says so, in seconds.
             hinted: those that said that it may be our turn, and those that cost nothing to ask.
             now: any clock that only goes forward, in seconds.
         """
         known = set(arbiters)
         plan = dict.fromkeys(each for each in hinted if each in known)
-        plan.update(dict.fromkeys(promising[:TRIES_PER_ROUND]))
+        # Where we were refused since the reading there is nothing new: the free card is kept for somebody.
+        news = [each for each, age in promising.items() if now - age > self._times.get(each, -math.inf)]
+        plan.update(dict.fromkeys(news[:TRIES_PER_ROUND]))
         new = [each for each in arbiters if each not in self._times and each not in plan]
         wanted = TICKETS_PER_ROUND if self.position == 0 else FIRST_TICKETS - len(self._times)
         plan.update(dict.fromkeys(new[: max(0, wanted)]))

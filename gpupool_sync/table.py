@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from gpupool_sync.models import Snapshot
 
-
 _View = tuple[Mapping[str, Snapshot], frozenset[str]]
 
 

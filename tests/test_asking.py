@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpupool_sync import asking
-from gpupool_sync.asking import Rivals, Tickets, Watched, attempts, ordered
+from gpupool_sync.asking import Rivals, Tickets, Watched, attempts, ordered, promising
 from gpupool_sync.models import EndpointView, GPURequest
 
 REQUEST = GPURequest()
@@ -25,8 +25,8 @@ class Candidate:
     share: float = 1.0
 
 
-def candidate(name, free=1, share=1.0):
-    return Candidate(EndpointView(name, 8, free), tuple(range(free)), share)
+def candidate(name, free=1, share=1.0, age=0.0):
+    return Candidate(EndpointView(name, 8, free, age=age), tuple(range(free)), share)
 
 
 class InNameOrder:
@@ -111,22 +111,22 @@ def test_a_waiter_with_few_arbiters_waits_at_all_of_them():
     """Nothing is left to chance where it costs little."""
     tickets = Tickets()
 
-    assert sorted(tickets.round(["a", "b", "c"], [], [], 0.0)) == ["a", "b", "c"]
+    assert sorted(tickets.round(["a", "b", "c"], {}, [], 0.0)) == ["a", "b", "c"]
 
 
 def test_a_waiter_begins_with_a_few_tickets_and_leaves_no_more_while_others_stand_before_it():
     """Who is not next anywhere costs the servers nothing but a sign of life now and then."""
     tickets = Tickets()
     arbiters = list(range(100))
-    first = tickets.round(arbiters, [], [], 0.0)
+    first = tickets.round(arbiters, {}, [], 0.0)
     assert first == arbiters[: asking.FIRST_TICKETS]
     for each in first:
         tickets.left(each, 3, 0.0)
 
     assert tickets.position == 3
-    assert tickets.round(arbiters, [], [], 1.0) == first[:1], "who stands before it there, by now"
+    assert tickets.round(arbiters, {}, [], 1.0) == first[:1], "who stands before it there, by now"
     assert tickets.pause() > asking.REASK
-    assert tickets.round(arbiters, [], [], asking.REASK) == first
+    assert tickets.round(arbiters, {}, [], asking.REASK) == first[: asking.TICKETS_PER_ROUND]
 
 
 def test_who_is_next_somewhere_leaves_more_tickets():
@@ -134,36 +134,58 @@ def test_who_is_next_somewhere_leaves_more_tickets():
     tickets = Tickets()
     arbiters, now = list(range(100)), 0.0
     while len(tickets) < len(arbiters):
-        plan = tickets.round(arbiters, [], [], now)
+        plan = tickets.round(arbiters, {}, [], now)
         assert 0 < len(plan) <= 2 * asking.TICKETS_PER_ROUND
         for each in plan:
             tickets.left(each, 0, now)
         now += tickets.pause() if len(tickets) < len(arbiters) else 0.0
 
     assert now <= 100 * asking.WIDEN_EVERY
-    assert tickets.round(arbiters, [], [], now) == arbiters[:1]
+    assert tickets.round(arbiters, {}, [], now) == arbiters[:1]
     assert tickets.pause() > asking.REASK, "there is nobody left to ask"
 
 
 def test_only_one_arbiter_holds_cards_back_for_a_waiter():
     """Two waiters that collect cards at two arbiters each could starve one another."""
     tickets = Tickets()
-    first = tickets.round(list(range(100)), [7], [], 0.0)
+    first = tickets.round(list(range(100)), {7: 0.1}, [], 0.0)
     assert tickets.reserving == first[0] == 7
-    tickets.round(list(range(100)), [9], [], 1.0)
+    tickets.round(list(range(100)), {9: 0.1}, [], 1.0)
     assert tickets.reserving == 7
-    tickets.round([8, 9], [9], [], 2.0)
+    tickets.round([8, 9], {9: 0.1}, [], 2.0)
     assert tickets.reserving == 9, "the other is gone"
 
 
 def test_hints_and_free_cards_go_first():
     """Where it may be our turn comes before where a card seems free, and both before new tickets."""
     tickets = Tickets()
-    for each in ("a", "b", "c", "d"):
+    mine = [f"mine{number}" for number in range(asking.FIRST_TICKETS)]
+    for each in mine:
         tickets.left(each, 1, 0.0)
-    assert len(tickets) == 4
+    assert len(tickets) == len(mine)
 
-    assert tickets.round(list("abcdefgh"), ["g", "b"], ["d", "gone"], 1.0) == ["d", "g", "b"]
+    arbiters = [*mine, "other", "free"]
+    seem_free = {"free": 0.5, mine[1]: 0.5}
+    assert tickets.round(arbiters, seem_free, [mine[2], "gone"], 1.0) == [mine[2], "free", mine[1]]
+
+
+def test_a_reading_from_before_a_refusal_is_no_reason_to_ask_again():
+    """The card that it shows is kept for somebody else: once is enough, until a newer reading comes."""
+    tickets = Tickets()
+    arbiters = list(range(asking.FIRST_TICKETS + 3))
+    for each in tickets.round(arbiters, {0: 0.2, 1: 0.3}, [], 10.0):
+        tickets.left(each, 1, 10.0)
+
+    assert tickets.round(arbiters, {0: 0.5 + 0.2, 1: 0.5 + 0.3}, [], 10.5) == [0], "who stands before it there, by now"
+    assert tickets.round(arbiters, {0: 0.7, 1: 0.1}, [], 10.5)[0] == 1
+
+
+def test_of_several_endpoints_of_one_arbiter_the_newest_reading_counts():
+    """What an older one shows was there at the last try."""
+    order = [candidate(name, age=age) for name, age in (("a", 3.0), ("b", 1.0), ("c", 9.0), ("d", 4.0))]
+    of = {"a": "redis", "b": "redis", "c": "other", "d": "server"}
+
+    assert promising(order, 5.0, lambda each: of[each.view.endpoint_id]) == {"redis": 1.0, "server": 4.0}
 
 
 def test_a_small_pool_watches_everything():

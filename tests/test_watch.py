@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -128,3 +129,28 @@ def test_explain_says_that_a_server_is_not_watched(fleet):
         pool.open(wait=True)
         told = [text for text in pool.explain().endpoints.values() if "not watched" in text]
         assert len(told) == 1
+
+
+def test_a_hint_of_a_server_that_is_not_watched_any_more_is_answered(fleet):
+    """Its ticket has been there since: a GPU that is kept for it must not wait until the server has its turn again."""
+    with GPUPool(fleet.urls, poll_interval=0.2) as holder, GPUPool(fleet.urls, watch=1, poll_interval=60) as pool:
+        held = {gpu.endpoint_id: gpu for gpu in (holder.acquire(timeout=30) for _ in range(4))}
+        with ThreadPoolExecutor(1) as threads:
+            waits = threads.submit(pool.acquire, timeout=60)
+            eventually(
+                lambda: len(holder.leases().queue) == 2, message="it waits at two servers, once it has looked around"
+            )
+            engine = pool._state.engine
+            former = watched(pool)
+            while former & watched(pool):
+                engine.widen()
+            for endpoint_id in former:
+                pool._state.table.forget(endpoint_id)  # as if what it said had become too old
+            left = former.pop()
+            held.pop(left).release()
+            gpu = waits.result(timeout=30)
+        assert gpu.endpoint_id == left
+        assert left in watched(pool)
+        gpu.release()
+        for each in held.values():
+            each.release()

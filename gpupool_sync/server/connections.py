@@ -105,21 +105,22 @@ class Connections:
             longest = next(iter(self._waiting))
             self.discard(longest)
             longest.transport.abort()
-        self.waits(connection, KEEP_ALIVE + _LAST_WORD)
+        loop = asyncio.get_running_loop()
+        self.waits(connection, loop.time() + KEEP_ALIVE + _LAST_WORD)
         if not self._ticking:
             self._ticking = True
-            asyncio.get_running_loop().call_later(_TICK, self._tick)
+            loop.call_later(_TICK, self._tick)
         return True
 
-    def waits(self, connection: Any, seconds: float) -> None:
-        """*connection* has to ask, or to go on asking, within *seconds*."""
+    def waits(self, connection: Any, until: float) -> None:
+        """*connection* has to ask, or to go on asking, *until* then (the loop's time)."""
         self.discard(connection)
-        self._waiting[connection] = asyncio.get_running_loop().time() + seconds
+        self._waiting[connection] = until
 
-    def answers(self, connection: Any) -> None:
-        """*connection* has asked, and it is our turn."""
-        self.discard(connection)
-        self._answering[connection] = asyncio.get_running_loop().time() + ANSWER_TIME
+    def answers(self, connection: Any, until: float) -> None:
+        """*connection* has asked, and it is our turn: *until* then."""
+        self._waiting.pop(connection, None)
+        self._answering[connection] = until
 
     def discard(self, connection: Any) -> None:
         self._waiting.pop(connection, None)
@@ -164,7 +165,7 @@ class Connections:
                 if self._asking and not self.transport.is_closing():
                     self._look(len(data))
                     if begins and self._asking:  # not all of it came at once
-                        connections.waits(self, REQUEST_TIME)
+                        connections.waits(self, self.loop.time() + REQUEST_TIME)
 
             def _under_way(self) -> bool:
                 return self.cycle is not None and not self.cycle.response_complete
@@ -176,12 +177,12 @@ class Connections:
                         self.transport.abort()
                 elif not self.cycle.more_body:
                     self._asking = False
-                    connections.answers(self)
+                    connections.answers(self, self.loop.time() + ANSWER_TIME)
 
             def on_response_complete(self) -> None:
                 self._asking = False
                 if not self.transport.is_closing():
-                    connections.waits(self, KEEP_ALIVE + _LAST_WORD)
+                    connections.waits(self, self.loop.time() + KEEP_ALIVE + _LAST_WORD)
                 super().on_response_complete()
                 if self._under_way() and not self.transport.is_closing():
                     # The next request had come already.
