@@ -248,13 +248,14 @@ class Child(Asker):
         pool.release_all()
 
 
-def lock_files(patience: float = 0.5) -> list[str]:
+def lock_files(looks: int = 30) -> list[str]:
     """
     The files of cards in the lock directory that this process has open to lock them, and goes on to have open.
 
-    Between two rounds there should be none: each is a kernel lock, or may be.
+    Between two rounds there should be none: each is a kernel lock, or may be.  What an interrupted release has left the
+    pool gives back on a thread of its own, which looks each second; so this looks for longer than that, and counts, as
+    time goes on while the process is stopped.
     """
-    until = time.monotonic() + patience
     directory = os.environ.get("GPU_POOL_LOCK_DIR", "/nowhere")
     before: set[tuple[str, str]] | None = None
     while True:
@@ -268,7 +269,8 @@ def lock_files(patience: float = 0.5) -> list[str]:
                     found.add((name, target))
         # Other threads read records now and then, through descriptors that are soon gone.
         before = found if before is None else before & found
-        if not before or time.monotonic() >= until:
+        looks -= 1
+        if not before or looks <= 0:
             return sorted(os.path.basename(target) for _, target in before)
         time.sleep(0.05)
 

@@ -1,7 +1,7 @@
 """Who is polled when: one schedule, one thread that keeps it, executors that do the blocking.
 
-The scheduling thread never does I/O.  Every command to it goes through a `queue.SimpleQueue`, whose `put` is atomic
-under interrupts and signal handlers, so Ctrl-C in a caller cannot leave a lock of the schedule held.
+The scheduling thread never does I/O.  Every command to it goes through `_Commands`, which holds no lock while it takes
+one, so Ctrl-C in a caller cannot leave a lock of the schedule held.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import heapq
 import itertools
 import logging
 import math
-import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Union
 
@@ -54,6 +53,41 @@ _chance = random.SystemRandom().random
 
 #: What is on the schedule: endpoints, and sources of endpoints.
 Polled = Union[PolledEndpoint, Watch]  # noqa: UP007 - an alias that runs on Python 3.10
+
+
+class _Commands:
+    """
+    What other threads want of the scheduling thread.
+
+    Not `queue.SimpleQueue`: up to Python 3.12 its ``get(timeout)`` waits for ever if the time ends while the process is
+    stopped and the thread is the one that the next signal falls to (Ctrl-C right after SIGCONT).  Not `queue.Queue`,
+    whose lock an interrupt can leave taken.
+    """
+
+    __slots__ = ("_news", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        # Guards nothing: released when there is something to do, it wakes who waits.
+        self._news = threading.Lock()
+        self._news.acquire()
+
+    def put(self, command: Callable[[], None]) -> None:
+        """From any thread. An interrupt in between leaves it to the next look, `TICK` seconds later at most."""
+        self._waiting.append(command)
+        with contextlib.suppress(RuntimeError):  # there is something to do already
+            self._news.release()
+
+    def wait(self, timeout: float) -> None:
+        """Until there is something to do, or *timeout* seconds."""
+        if not self._waiting:
+            self._news.acquire(timeout=timeout)
+
+    def take(self) -> Iterator[Callable[[], None]]:
+        """All that there is, one by one; what is not taken stays."""
+        with contextlib.suppress(IndexError):  # nothing is left; another thread may take as well, when all ends
+            while True:
+                yield self._waiting.popleft()
 
 
 class _Entry:
@@ -143,7 +177,7 @@ class Monitor:
         self._on_found = on_found
         self._housekeeping = housekeeping
         self._name = name
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands = _Commands()
         self._entries: dict[str, _Entry] = {}
         self._heap: list[tuple[float, int, str]] = []
         self._tiebreak = itertools.count()
@@ -297,14 +331,12 @@ class Monitor:
             except Exception:
                 # Supervised: an error here must not end all polling. The wait keeps a persistent one from spinning.
                 logger.exception("the schedule of the monitor broke; going on")
-                with contextlib.suppress(queue.Empty):
-                    self._commands.get(timeout=TICK)()
+                self._commands.wait(TICK)
 
     def _step(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            self._commands.get(timeout=self._sleep())()
-            while True:
-                self._commands.get_nowait()()
+        self._commands.wait(self._sleep())
+        for command in self._commands.take():
+            command()
         if self._stopping:
             return
         if not self._housekeeping():
@@ -455,12 +487,9 @@ class Monitor:
         for entry in list(self._entries.values()):
             _settle(entry.round)
             _settle(entry.next_round)
-        while True:
-            # Commands that nobody will run any more may carry futures that somebody waits for.
-            try:
-                self._commands.get_nowait()()
-            except queue.Empty:
-                return
+        # Commands that nobody will run any more may carry futures that somebody waits for.
+        for command in self._commands.take():
+            command()
 
     # -- the worker threads ------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -213,3 +217,53 @@ def test_a_monitor_that_nobody_needs_stops_itself(start):
     eventually(lambda: endpoint.polls > 1)
     needed.clear()
     eventually(lambda: monitor.threads() == 0, message="the threads end")
+
+
+WAITS = """
+import signal, threading
+from gpupool_sync.monitor import _Commands
+
+signal.signal(signal.SIGUSR1, lambda *_: None)
+waits = threading.Thread(target=_Commands().wait, args=(0.3,), daemon=True)
+waits.start()
+# From here on the signal can fall to that thread only.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("waits", flush=True)
+waits.join(20)
+print("still" if waits.is_alive() else "went on", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_a_schedule_goes_on_after_the_process_was_stopped_and_a_signal_fell_to_its_thread():
+    """`queue.SimpleQueue.get(timeout)` never returns then, with Python 3.12 and before: no reading came any more."""
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout.readline() == "waits\n"
+            os.kill(program.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, program.pid, os.WSTOPPED)
+            os.kill(program.pid, signal.SIGUSR1)
+            time.sleep(0.5)  # its time ends meanwhile
+            os.kill(program.pid, signal.SIGCONT)
+            assert program.stdout.readline() == "went on\n"
+        finally:
+            program.kill()
+
+
+def test_commands_are_taken_in_their_order_and_what_one_breaks_delays_no_other(start):
+    """Neither is a command lost that comes while others are taken."""
+    commands, told = monitor_module._Commands(), []
+    for number in range(3):
+        commands.put(lambda number=number: told.append(number))
+    for command in commands.take():
+        command()
+        if len(told) == 1:
+            break
+    begin = time.monotonic()
+    commands.wait(30.0)
+    for command in commands.take():
+        command()
+        if told[-1] == 2:
+            commands.put(lambda: told.append(3))
+    assert told == [0, 1, 2, 3]
+    assert time.monotonic() - begin < 20, "it did not wait for what was there"
