@@ -300,6 +300,8 @@ def _timed_out(state: PoolState, grant: Grant, request: GPURequest) -> AcquireTi
 
 def _require_possible(state: PoolState, engine: Engine, request: GPURequest) -> None:
     snapshots, _ = state.table.view()
+    if state.possible[0] is snapshots and state.possible[1] == request:
+        return  # as it was a moment ago
     if any(endpoint_id not in snapshots for endpoint_id in engine.endpoints):
         return  # somebody has not answered yet: who knows
     if not all(watch.known for watch in engine.watches.values()):
@@ -314,6 +316,7 @@ def _require_possible(state: PoolState, engine: Engine, request: GPURequest) -> 
         if not local_only or snapshot.is_local:
             most = max(most, screened_for(state, snapshot, request).possible)
     if most >= request.count:
+        state.possible = snapshots, request
         return
     explanation = explain(state, request)
     lines = "\n".join("  " + line for line in explanation.lines(EXPLAINED_CARDS))

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 #: What is logged of a lost lease: its GPUs, and why.
 LEASE_LOST = "the lease on %s is lost: %s"
 
+#: A release wants a new reading, unless the lease was shorter than so many seconds: nobody has put anything on a GPU by
+#: then. A poll takes the interpreter for a millisecond, and who comes and goes quickly waits for just that.
+SHORT_LEASE = 0.1
 #: Seconds between attempts to tell an arbiter of a release that it did not hear.
 RETRY_RELEASE = 5.0
 #: The longest ttl there is, seconds.
@@ -120,7 +123,8 @@ def release(state: PoolState, grant: Grant) -> None:
         forget_mask(grant)
         if engine is not None and grant.snapshot is not None:
             state.touch(grant.snapshot.endpoint_id)
-            engine.monitor.nudge(grant.snapshot.endpoint_id)
+            if time.monotonic() - grant.begun_at >= SHORT_LEASE:
+                engine.monitor.nudge(grant.snapshot.endpoint_id)
 
 
 def give_up(state: PoolState, grant: Grant) -> None:

@@ -182,6 +182,7 @@ class PoolState:
         "on_lost",
         "outages",
         "owner",
+        "possible",
         "reads_devices",
         "rivals",
         "rivals_lock",
@@ -247,6 +248,8 @@ class PoolState:
         self.unheard_at = 0.0  # time.monotonic() at which it is told again
         #: What each endpoint's last snapshot is to requests that come again.
         self.screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
+        #: By which snapshots which request can be satisfied, at some time; replaced as a whole.
+        self.possible: tuple[object, GPURequest | None] = None, None
         #: What was seen of many endpoints a moment ago.
         self.sights: dict[GPURequest, Sight] = {}
         #: Endpoints whose cards are in this machine; those that are said to be, before they have answered.

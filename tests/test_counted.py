@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gpupool_sync import AcquireTimeout, Endpoint, GPUPool
+from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, holding
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from helpers import connections_to, eventually, run_threads
@@ -51,14 +51,31 @@ def test_1000_acquires_cause_no_health_request(monkeypatch):
         assert [each.path for each in server.requests] == ["/gpu/summary"]
 
 
-def test_1000_releases_are_one_nudge_each_half_second():
+def test_1000_releases_are_one_nudge_each_half_second(monkeypatch):
     """A release wants a new reading; a thousand want the same one."""
+    monkeypatch.setattr(holding, "SHORT_LEASE", 0.0)
     with Server(answer(SUMMARY)) as server, make_pool(server.url) as pool:
         pool.open(wait=True)
         begin = time.monotonic()
         for _ in range(1000):
             pool.acquire(timeout=0).release()
         assert len(server.requests) <= 2 + (time.monotonic() - begin) / 0.5
+        eventually(lambda: len(server.requests) >= 2, message="there is a nudge")
+
+
+def test_a_release_at_once_wants_no_new_reading(monkeypatch):
+    """Nothing has been put on the GPU by then; after a longer lease one is wanted."""
+    monkeypatch.setattr(holding, "SHORT_LEASE", 60.0)
+    with Server(answer(SUMMARY)) as server, make_pool(server.url) as pool:
+        pool.open(wait=True)
+        for _ in range(3):
+            pool.acquire(timeout=0).release()
+        before = len(server.requests)
+        gpu = pool.acquire(timeout=0)
+        monkeypatch.setattr(holding, "SHORT_LEASE", 0.0)
+        gpu.release()
+        eventually(lambda: len(server.requests) == before + 1, message="there is a nudge")
+        assert before == 1
 
 
 def test_100_refreshes_at_the_same_time_are_at_most_two_polls():

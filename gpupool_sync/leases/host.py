@@ -418,6 +418,13 @@ def _file_name(key: str) -> str:
     return f"gpu-by-url-{hashlib.sha256(key.encode()).hexdigest()[:40]}"
 
 
+@lru_cache(maxsize=64)
+def _wanted_files(groups: tuple[tuple[Wanted, ...], ...]) -> tuple[Sequence[Wanted], Sequence[str]]:
+    """All cards of *groups*, and the names of their files; a process asks for the same ones again and again."""
+    wanted = [wanted for group in groups for wanted in group]
+    return wanted, [_file_name(each.key) for each in wanted]
+
+
 def _take(file: _Descriptor, how: int) -> bool:
     try:
         fcntl.flock(file.fd, how | fcntl.LOCK_NB)
@@ -677,12 +684,14 @@ class HostStore:
         own = self._tickets.get(claim.id)
         glance = _Glance(names, "" if own is None else own.name)
         fits = partial(self._fits_by_record, glance, claim.emptied)
-        perhaps = everything = [wanted for group in claim.groups for wanted in group]
+        everything, _ = _wanted_files(claim.groups)
+        perhaps: Sequence[Wanted] = everything
         if claim.share is None:
             perhaps = self._perhaps_free(claim)
-            glance.free = dict.fromkeys([(wanted.key, False) for wanted in everything], False)
-            for wanted in perhaps:
-                glance.free.pop((wanted.key, False), None)
+            if perhaps or claim.count > 1:
+                glance.free = dict.fromkeys([(wanted.key, False) for wanted in everything], False)
+                for wanted in perhaps:
+                    glance.free.pop((wanted.key, False), None)
         while True:
             mine = {wanted.key for wanted in perhaps if fits(wanted, claim.share, ())}
             picked: Sequence[str] | None = None
@@ -1157,8 +1166,8 @@ class HostStore:
         Mostly that is all of them, and then a turn costs little else than this.
         """
         mark = self._boot_mark
-        wanted = [wanted for group in claim.groups for wanted in group]
-        seen = self._card_files.peek([_file_name(each.key) for each in wanted], PEEK_BYTES)
+        wanted, names = _wanted_files(claim.groups)
+        seen = self._card_files.peek(names, PEEK_BYTES)
         return [each for each, raw in zip(wanted, seen, strict=True) if not (_HELD in raw and mark in raw)]
 
     def _fits_by_record(
