@@ -29,6 +29,7 @@ from gpupool_sync.handle import Grant, bound_to
 from gpupool_sync.holding import collect_dropped
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import Claim, Granted, LeaseStore, NotAsked, Queued, Share, Wanted
+from gpupool_sync.leases.tickets import ANSWER_TIME
 from gpupool_sync.looking import MANY_ENDPOINTS, Seen, glance, look, room_of, screened_for, unknown_names
 from gpupool_sync.models import Card, EndpointView, GPUFault, GPURequest
 from gpupool_sync.reporting import describe, explain
@@ -158,11 +159,12 @@ def _wait_for(state: PoolState, engine: Engine, grant: Grant, request: GPUReques
                     seen = look(state, engine, request)
             if waiter.hints and not engine.watched.complete:
                 seen = _see_hinting(state, engine, request, waiter, seen, deadline)
-            claims += _claim_all(state, engine, grant, request, seen, waiter, tickets, last)
+            claims += _claim_all(state, engine, grant, request, seen, waiter, tickets, last, deadline)
             if grant.lease is not None:
                 return claims
             if waiter.id != grant.id:
                 state.waiting.rename(waiter, grant.id)
+                tickets = Tickets()  # those of the former id were withdrawn
             failures = failures + 1 if grant.problems else 0
             sleep = min(state.waiting.recheck(failures), tickets.pause())
             if shown:
@@ -238,12 +240,24 @@ def _see_hinting(
 
     It has its ticket there since they were. A hint that nobody answers keeps a free card from all others for a second.
     """
-    hinting = set(waiter.hints).difference([id(each.store) for each in seen])
-    new = engine.want([each.id for each in engine.endpoints.values() if id(each.server) in hinting]) if hinting else []
+    there = {id(each.store) for each in seen}
+    hinting = [number for number in waiter.hints if number not in there]
+    if not hinting or len(hinting) < len(waiter.hints):
+        return seen  # those that can be asked at once come first: their cards are kept for a second only
+    for number in hinting:
+        waiter.hints.remove(number)
+    new = engine.want([each.id for each in engine.endpoints.values() if id(each.server) in hinting])
     if not new:
         return seen
-    _read(state, engine, new, deadline)
-    return look(state, engine, request)
+    # No longer than the hint is worth.
+    _read(state, engine, new, Deadline.after(deadline.within(ANSWER_TIME)))
+    waiter.hints += hinting
+    seen = look(state, engine, request)
+    there = {id(each.store) for each in seen}
+    for number in hinting:
+        if number not in there:  # it cannot be asked: not again for this hint
+            waiter.hints.remove(number)
+    return seen
 
 
 def _make_progress(state: PoolState) -> Progress | None:
@@ -392,11 +406,13 @@ def _claim_all(
     waiter: Waiter | None = None,
     tickets: Tickets | None = None,
     last: _Last | None = None,
+    deadline: Deadline | None = None,
 ) -> int:
     """
     Claim at every arbiter, held cards included; returns how many claims that took.
 
     With *tickets*, at those whose turn it is, and a ticket is left there for all of their cards; *last* notes them.
+    Before the *deadline*, but at one in any case.
     """
     order = ordered(seen, request, _Noting(state.strategy, grant), _random)
     chosen = set(map(id, order))
@@ -408,19 +424,21 @@ def _claim_all(
     for each in rest:
         offers[id(each.store)].append((each, list(each.wanted)))
     plan: list[Any] = list(stores)
+    hints: list[int] = []
     if tickets is not None and waiter is not None and len(stores) > 1:
-        hints = []
         while waiter.hints:
             hints.append(waiter.hints.pop())
         # Those of this machine cost next to nothing, and must be looked at: the kernel frees a card without a word.
-        hints += [number for number, store in stores.items() if store.scope != "everybody"]
+        local = [number for number, store in stores.items() if store.scope != "everybody"]
         newer = promising(order, time.monotonic() - grant.asked_at, lambda each: id(each.store))
         # Whoever waits for any of many begins somewhere else. Where cards seem free by older readings is as good as any
         # other place: the first tries have found these readings out of date.
         _shuffle(plan)
-        plan = tickets.round(plan, newer, hints, time.monotonic())
+        plan = tickets.round(plan, newer, [*hints, *local], time.monotonic())
     claims = 0
     for number in plan:
+        if claims and deadline is not None and deadline.passed():
+            break
         store = stores[number]
         if tickets is not None and store.needs_listener and (len(stores) > 1 or listener(store).ears is None):
             listener(store).listen_for(state.waiting)
@@ -433,7 +451,10 @@ def _claim_all(
             state.strategy.feedback(grant.snapshot.endpoint_id, True)
             return claims
         if tickets is not None:
-            tickets.left(number, grant.position, time.monotonic())
+            answered = number not in grant.problems
+            tickets.left(number, grant.position, time.monotonic(), answered=answered)
+            if not answered and waiter is not None and number in hints:
+                waiter.hints.append(number)  # it may still be our turn
     grant.position = None if tickets is None else tickets.position
     if last is not None and len(stores) == 1:
         ((number, store),) = stores.items()

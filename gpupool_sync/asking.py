@@ -167,10 +167,11 @@ class Tickets:
     Not thread-safe: it belongs to one waiting call.
     """
 
-    __slots__ = ("_more", "_positions", "_times", "reserving")
+    __slots__ = ("_answers", "_more", "_positions", "_times", "reserving")
 
     def __init__(self) -> None:
         self._times: dict[Hashable, float] = {}  # arbiter -> when it was asked last; the earliest first
+        self._answers: dict[Hashable, float] = {}  # arbiter -> when it was asked last and answered
         self._positions: dict[Hashable, int] = {}  # arbiter -> how many stood before us there
         self._more = False  # there are arbiters without a ticket of ours
         #: The one arbiter at which a ticket for several cards may hold free ones back.
@@ -204,7 +205,7 @@ class Tickets:
         known = set(arbiters)
         plan = dict.fromkeys(each for each in hinted if each in known)
         # Where we were refused since the reading there is nothing new: the free card is kept for somebody.
-        news = [each for each, age in promising.items() if now - age > self._times.get(each, -math.inf)]
+        news = [each for each, age in promising.items() if now - age > self._answers.get(each, -math.inf)]
         plan.update(dict.fromkeys(news[:TRIES_PER_ROUND]))
         new = [each for each in arbiters if each not in self._times and each not in plan]
         wanted = TICKETS_PER_ROUND if self.position == 0 else FIRST_TICKETS - len(self._times)
@@ -223,10 +224,12 @@ class Tickets:
         """Seconds until the next round is due, if nothing happens before."""
         return WIDEN_EVERY if self._more and self.position == 0 else math.inf
 
-    def left(self, arbiter: Hashable, position: int | None, now: float) -> None:
+    def left(self, arbiter: Hashable, position: int | None, now: float, *, answered: bool = True) -> None:
         """It was asked, and a ticket was left, or not (*position* None): how many stand before it."""
         self._times.pop(arbiter, None)
         self._times[arbiter] = now
+        if answered:
+            self._answers[arbiter] = now
         if position is None:
             self._positions.pop(arbiter, None)
         else:

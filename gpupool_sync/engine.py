@@ -212,6 +212,7 @@ def close(state: PoolState, timeout: float = 5.0) -> None:
             state.local_ids = state.said_to_be_local()
             state.table = Table()
             state.screens.clear()
+            state.possible = None, None
             state.last_free.clear()
             state.outages = Outages(state.outages.window)
 

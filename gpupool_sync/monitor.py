@@ -83,6 +83,10 @@ class _Commands:
         if not self._waiting:
             self._news.acquire(timeout=timeout)
 
+    def pause(self, timeout: float) -> None:
+        """So many seconds, unless something comes that was not there before."""
+        self._news.acquire(timeout=timeout)
+
     def take(self) -> Iterator[Callable[[], None]]:
         """All that there is, one by one; what is not taken stays."""
         with contextlib.suppress(IndexError):  # nothing is left; another thread may take as well, when all ends
@@ -331,7 +335,7 @@ class Monitor:
             except Exception:
                 # Supervised: an error here must not end all polling. The wait keeps a persistent one from spinning.
                 logger.exception("the schedule of the monitor broke; going on")
-                self._commands.wait(TICK)
+                self._commands.pause(TICK)
 
     def _step(self) -> None:
         self._commands.wait(self._sleep())

@@ -180,6 +180,16 @@ def test_a_reading_from_before_a_refusal_is_no_reason_to_ask_again():
     assert tickets.round(arbiters, {0: 0.7, 1: 0.1}, [], 10.5)[0] == 1
 
 
+def test_a_claim_that_did_not_arrive_is_no_refusal():
+    """A connection that was cut once must not cost a free card: that reading is as good as before."""
+    tickets = Tickets()
+    arbiters = list(range(asking.FIRST_TICKETS + 3))
+    for each in tickets.round(arbiters, {0: 0.2}, [], 10.0):
+        tickets.left(each, None if each == 0 else 1, 10.0, answered=each != 0)
+
+    assert tickets.round(arbiters, {0: 0.3}, [], 10.1) == [0]
+
+
 def test_of_several_endpoints_of_one_arbiter_the_newest_reading_counts():
     """What an older one shows was there at the last try."""
     order = [candidate(name, age=age) for name, age in (("a", 3.0), ("b", 1.0), ("c", 9.0), ("d", 4.0))]
