@@ -13,7 +13,8 @@ TEST_WORKERS ?= 4
 NIGHTLY_ARGS ?=
 # Properties compute all the time.
 NIGHTLY_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-BENCH_ARGS ?=
+# make bench BENCH_ARGS="--only sweep"; by default docs/performance.md is written anew.
+BENCH_ARGS ?= --markdown
 # make soak SOAK_ARGS="--store redis --seconds 60"
 SOAK_ARGS ?=
 
@@ -33,7 +34,7 @@ help:
 	@echo "make test-nightly   ten thousand cases of every property, and new random histories; some half an hour with two"
 	@echo "             processors, or file by file: NIGHTLY_ARGS=tests/test_wire.py"
 	@echo "make lint    ruff, mypy and the import contract"
-	@echo "make bench   the benchmarks and their targets, under ten minutes; BENCH_ARGS goes to them"
+	@echo "make bench   the benchmarks and their targets, under ten minutes, also into docs/performance.md; BENCH_ARGS goes to them"
 	@echo "make bench-full   the same with more rounds, half an hour"
 	@echo "make soak    ten minutes of chaos among processes; SOAK_ARGS=\"--store server\" or redis, see --help"
 	@echo "             everything at once for an hour: SOAK_ARGS=\"--store all --at-once --full-disk --seconds 3600\""
