@@ -243,17 +243,13 @@ def _see_hinting(
     there = {id(each.store) for each in seen}
     hinting = [number for number in waiter.hints if number not in there]
     if not hinting or len(hinting) < len(waiter.hints):
-        return seen  # those that can be asked at once come first: their cards are kept for a second only
-    for number in hinting:
-        waiter.hints.remove(number)
+        return seen  # those that can be asked at once go before: their cards are kept for a second only
     new = engine.want([each.id for each in engine.endpoints.values() if id(each.server) in hinting])
-    if not new:
-        return seen
-    # No longer than the hint is worth.
-    _read(state, engine, new, Deadline.after(deadline.within(ANSWER_TIME)))
-    waiter.hints += hinting
-    seen = look(state, engine, request)
-    there = {id(each.store) for each in seen}
+    if new:
+        # No longer than the hint is worth.
+        _read(state, engine, new, Deadline.after(deadline.within(ANSWER_TIME)))
+        seen = look(state, engine, request)
+        there = {id(each.store) for each in seen}
     for number in hinting:
         if number not in there:  # it cannot be asked: not again for this hint
             waiter.hints.remove(number)

@@ -51,6 +51,7 @@ from gpupool_sync.leases.base import (
     TicketInfo,
     Wanted,
 )
+from gpupool_sync.leases.documents import BadDocument, digest, holder_document, read_share
 from gpupool_sync.leases.mounts import mount_of, why_private
 from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, TicketQueue
@@ -119,7 +120,10 @@ _ENDED = re.compile(
 # In the record of one that was: the ticket that is next, and when it was told. Quotes inside of strings are escaped.
 _PROMISED = re.compile(rb'"released_at":[0-9.e+-]+,"for":\["(ticket-[0-9a-f-]+)",(\d+\.\d+)\]')
 # What comes of reading what anybody may have written.
-_GARBLED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+_GARBLED = (
+    *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError),
+    BadDocument,
+)
 _STAMPS = 64  # bytes at the head of a ticket: hinted at, spoke at
 _SOCKET = re.compile(rb"(sock-[0-9a-f]{16})\n")
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -903,7 +907,7 @@ class HostStore:
             if not _take(card, fcntl.LOCK_SH) or not self._directory.is_current(card, name, self._directory.fd):
                 card.unlock()
                 return None
-            own = f"{name}.share-{_digest(claim.id)}"
+            own = f"{name}.share-{digest(claim.id)}"
             record = _read(card)
             whole = record is not None and record.get("share") is None
             emptied = claim.emptied if isinstance(claim, Claim) else {}
@@ -969,7 +973,7 @@ class HostStore:
         if record is None or record.get("released_at") is not None:
             return False
         if record.get("share") is None:
-            return self._unexpired(record) and record.get("remote") != _digest(claim_id)
+            return self._unexpired(record) and record.get("remote") != digest(claim_id)
         # The card's file has the record of one of its shares only.
         return bool(self._live_shares(name))
 
@@ -1096,14 +1100,14 @@ class HostStore:
             "share": None if share is None else {"memory_mb": share.memory_mb, "places": share.places},
             "since": lease.granted_at,
             "cards": len(lease.cards),
-            "note": None if lease.note is None else lease.note[:200],
+            "note": _text_or_none(lease.note),
             "key": next((key for key in lease.cards if _file_name(key) == name.partition(".share-")[0]), None),
-            "holder": _holder_dict(lease.holder),
+            "holder": holder_document(lease.holder),
             **({} if lease.id not in self._remote else self._remote_of(lease.id)),
         }
 
     def _remote_of(self, lease_id: str) -> dict[str, Any]:
-        return {"remote_until": self._remote[lease_id], "remote": _digest(lease_id)}
+        return {"remote_until": self._remote[lease_id], "remote": digest(lease_id)}
 
     def _write(self, file: _Descriptor, record: Mapping[str, Any]) -> bytes:
         """Returns what it wrote."""
@@ -1494,7 +1498,7 @@ class HostStore:
                     locked = None
             else:
                 locked = None
-                own = f"{_file_name(key)}.share-{_digest(lease.id)}"
+                own = f"{_file_name(key)}.share-{digest(lease.id)}"
                 with contextlib.suppress(FileNotFoundError):
                     os.stat(own, dir_fd=self._directory.fd)
                     locked = self._lock_share(Wanted(key, room), lease.share, lease)
@@ -1520,7 +1524,7 @@ class HostStore:
             record is not None
             and record.get("released_at") is None
             and record.get("token") == lease.token
-            and record.get("remote") == _digest(lease.id)
+            and record.get("remote") == digest(lease.id)
         )
 
     def renew(self, ids: Sequence[str]) -> Mapping[str, bool]:
@@ -2018,7 +2022,7 @@ class HostStore:
                 cards=(key,),
                 holder=_holder_from(record["holder"]),
                 token=int(record["token"]),
-                share=None if not share else _share_from(share["memory_mb"], share["places"]),
+                share=read_share(share or None),
                 note=_text_or_none(record.get("note")),
                 since=max(0.0, self._clock() - float(record["since"])),
             )
@@ -2126,10 +2130,6 @@ def _revoked_by(held: _Held) -> str | None:
     return None
 
 
-def _digest(claim_id: str) -> str:
-    return hashlib.sha256(claim_id.encode()).hexdigest()[:24]
-
-
 def _among(keys: frozenset[str], wanted: Wanted, share: Share | None, pending: Sequence[Share | None]) -> bool:
     return wanted.key in keys and (share is not None or not pending)
 
@@ -2178,7 +2178,7 @@ def _ended(raw: bytes) -> dict[str, Any] | None:
     }
 
 
-_holder_json = lru_cache(maxsize=64)(lambda holder: _encode(_holder_dict(holder)))
+_holder_json = lru_cache(maxsize=64)(lambda holder: _encode(holder_document(holder)))
 _key_json = lru_cache(maxsize=65536)(_encode)
 
 
@@ -2238,7 +2238,7 @@ def _body_of(claim: Claim, sock: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def _who_line(holder: Holder, note: str | None) -> str:
-    return _encode({**_holder_dict(holder), "note": None if note is None else note[:200]})
+    return _encode({**holder_document(holder), "note": _text_or_none(note)})
 
 
 @lru_cache(maxsize=64)
@@ -2283,7 +2283,7 @@ def _parse_what(line: bytes) -> _What:
     return _What(
         groups,
         count,
-        None if share is None else _share_from(*share),
+        read_share(None if share is None else dict(zip(("memory_mb", "places"), share, strict=True))),
         bool(told["reserve"]),
         keys=frozenset(wanted.key for group in groups for wanted in group),
         is_plain=count == 1 and share is None,
@@ -2293,12 +2293,6 @@ def _parse_what(line: bytes) -> _What:
 def _wanted_from(key: Any, room: Any) -> Wanted:
     key.encode()  # or no file can have its name
     return Wanted(key, None if room is None else _amount(room))
-
-
-def _share_from(memory_mb: Any, places: Any) -> Share:
-    if (memory_mb is None) == (places is None) or not isinstance(places, (int, type(None))):
-        raise ValueError("share")
-    return Share(memory_mb=None if memory_mb is None else _amount(memory_mb), places=places)
 
 
 def _amount(value: Any) -> float:
@@ -2365,10 +2359,6 @@ def _fits(others: Sequence[Mapping[str, Any]], share: Share, room_mb: float | No
             return False
         asked += used
     return asked <= (room_mb or 0.0)
-
-
-def _holder_dict(holder: Holder) -> dict[str, Any]:
-    return {"id": holder.id, "name": holder.name, "user": holder.user, "host": holder.host, "pid": holder.pid}
 
 
 def _holder_from(data: Mapping[str, Any]) -> Holder:
