@@ -6,7 +6,6 @@ refusal go on with the rest; then wait.  Nothing that blocks happens under a loc
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -26,7 +25,7 @@ from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.engine import first_reading, opened
 from gpupool_sync.errors import AcquireTimeout, LeaseLost, LeaseStoreError, NoSuchGPU, PoolClosed
 from gpupool_sync.handle import Grant, bound_to
-from gpupool_sync.holding import collect_dropped
+from gpupool_sync.holding import collect_dropped, withdraw
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import Claim, Granted, LeaseStore, NotAsked, Queued, Share, Wanted
 from gpupool_sync.leases.tickets import ANSWER_TIME
@@ -496,9 +495,7 @@ def _begin_anew(state: PoolState, grant: Grant) -> None:
     That is what becomes of a claim whose answer is lost, when nobody can be asked again for as long as the ttl.
     """
     before = grant.id
-    for store in list(grant.asked):  # elsewhere it may still have a ticket
-        with contextlib.suppress(LeaseStoreError):
-            store.withdraw([before])
+    withdraw(state, grant.asked, before)  # elsewhere it may still have a ticket
     grant.asked.clear()
     after = os.urandom(16).hex()
     state.grants[after] = all_grants[after] = grant
@@ -577,12 +574,10 @@ def _claim(
         # The arbiter may have granted it at an earlier try whose answer was lost.
         engine.keeper.add(grant.id, store, lease.ttl, min(sent_at, lease.granted_at))
         grant.good_until = partial(engine.keeper.good_until, grant.id)
-    for other in grant.asked:
-        if other is not store:
-            try:
-                other.withdraw([grant.id])
-            except LeaseStoreError as exc:  # the ticket ends by itself, as we do not speak for it any more
-                logger.info("a ticket at %s was not withdrawn: %s", other.description, exc)
+    if len(grant.asked) > 1:
+        withdraw(state, [other for other in grant.asked if other is not store], grant.id)
+        # Last: after an interrupt before this, the release tells everybody.
+        grant.asked = [store]
     return True
 
 

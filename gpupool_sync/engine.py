@@ -23,7 +23,6 @@ from gpupool_sync.holding import (
     release,
     release_all,
     release_when_children_end,
-    repeat_unheard,
 )
 from gpupool_sync.importing import importing
 from gpupool_sync.leases.base import LeaseStore
@@ -40,6 +39,9 @@ if TYPE_CHECKING:
     from gpupool_sync.inherited import Inherited
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that `close` waits until arbiters were told which tickets are not wanted any more.
+TELL_TIME = 1.0
 
 _numbers = itertools.count(1)
 
@@ -202,8 +204,11 @@ def close(state: PoolState, timeout: float = 5.0) -> None:
         endpoint.abort()
     engine.monitor.stop(timeout)
     engine.keeper.stop(timeout)
-    for store in (*engine.servers.values(), *engine.retired):
+    state.teller.finish(min(timeout, TELL_TIME))
+    stores = [*engine.servers.values(), *engine.retired]
+    for store in stores:
         store.close()
+    state.teller.forget(stores)
     for endpoint in engine.endpoints.values():
         endpoint.close()
     with state.lifecycle:
@@ -329,4 +334,4 @@ def tidy(state: PoolState) -> None:
     look_for_losses(state)
     for _ in range(len(state.leaving)):
         release(state, state.leaving.popleft())
-    repeat_unheard(state)
+    state.teller.repeat()

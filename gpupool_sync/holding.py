@@ -9,13 +9,15 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.handle import GPU, GPUs, Grant, Tie, forget_mask
+from gpupool_sync.leases.base import LeaseStore
 from gpupool_sync.starting import start
 from gpupool_sync.state import PoolState, all_grants
+from gpupool_sync.telling import RETRY_AFTER
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +27,6 @@ LEASE_LOST = "the lease on %s is lost: %s"
 #: A release wants a new reading, unless the lease was shorter than so many seconds: nobody has put anything on a GPU by
 #: then. A poll takes the interpreter for a millisecond, and who comes and goes quickly waits for just that.
 SHORT_LEASE = 0.1
-#: Seconds between attempts to tell an arbiter of a release that it did not hear.
-RETRY_RELEASE = 5.0
-#: The longest ttl there is, seconds.
-MAX_TTL = 300.0
 
 
 def new_grant(state: PoolState, note: str | None, on_lost: Callable[[Any], object] | None) -> Grant:
@@ -105,15 +103,8 @@ def release(state: PoolState, grant: Grant) -> None:
         grant.why_lost()  # lost is final: looked at once more before the keeper forgets it
         engine.keeper.remove(grant.id)
     # Idempotent at the store, so an interrupt before the next line only makes it happen again.
-    try:
-        if not handed_over:
-            _release_at_stores(grant)
-    except LeaseStoreError as exc:
-        # The caller has done its part. Nobody renews the lease any more, so it ends with its ttl at the latest;
-        # until then it is tried again.
-        logger.warning("the release of %s did not arrive yet: %s", ", ".join(c.global_gpu_id for c in grant.cards), exc)
-        if not grant.released:
-            state.unheard.append(grant)
+    if not handed_over:
+        _release_at_stores(state, grant)
     grant.released = True
     if bequest is not None:
         bequest.let_go() if handed_over else bequest.end()
@@ -130,37 +121,40 @@ def release(state: PoolState, grant: Grant) -> None:
 def give_up(state: PoolState, grant: Grant) -> None:
     """Undo a claim whose caller will never have it."""
     if grant.pid == os.getpid():
-        try:
-            _release_at_stores(grant)
-        except LeaseStoreError as exc:
-            logger.info("a claim that was given up could not be withdrawn yet: %s", exc)
-            state.unheard.append(grant)
+        _release_at_stores(state, grant)
         grant.released = True
     _forget(state, grant)
 
 
-def _release_at_stores(grant: Grant) -> None:
-    failed: LeaseStoreError | None = None
-    for store in grant.asked:
+def _release_at_stores(state: PoolState, grant: Grant) -> None:
+    asked = list(grant.asked)
+    if grant.lease is None and len(asked) > 1:
+        # It stood in line at many: whoever gives up, by Ctrl-C perhaps, need not wait for all of them.
+        withdraw(state, asked, grant.id)
+        return
+    for store in asked:
         try:
             store.release([grant.id])
-        except LeaseStoreError as exc:  # the others are told all the same
-            failed = exc
-    if failed is not None:
-        raise failed
+        except LeaseStoreError as exc:
+            # The caller has done its part, and the others are told all the same. Nobody renews the lease any more, so
+            # it ends with its ttl at the latest; until then it is tried again.
+            what = ", ".join(card.global_gpu_id for card in grant.cards) or "a claim that was given up"
+            level = logging.WARNING if grant.lease is not None else logging.INFO
+            logger.log(level, "the release of %s did not arrive yet: %s", what, exc)
+            state.teller.tell(store, [grant.id], after=RETRY_AFTER)
 
 
-def repeat_unheard(state: PoolState) -> None:
-    """Tell arbiters of the releases that they did not hear, now and then, as long as leases may last."""
-    if state.unheard and time.monotonic() >= state.unheard_at:
-        state.unheard_at = time.monotonic() + RETRY_RELEASE
-        for _ in range(len(state.unheard)):
-            grant = state.unheard.popleft()
-            try:
-                _release_at_stores(grant)
-            except LeaseStoreError:
-                if time.monotonic() - grant.begun_at < 10 * MAX_TTL:
-                    state.unheard.append(grant)
+def withdraw(state: PoolState, stores: Iterable[LeaseStore], claim_id: str) -> None:
+    """Leave the queues of arbiters: of those on this machine at once, of others without waiting for it."""
+    for store in stores:
+        if store.scope == "everybody":
+            state.teller.tell(store, [claim_id])
+            continue
+        try:
+            store.withdraw([claim_id])
+        except LeaseStoreError as exc:
+            logger.info("a ticket at %s was not withdrawn yet: %s", store.description, exc)
+            state.teller.tell(store, [claim_id], after=RETRY_AFTER)
 
 
 def _forget(state: PoolState, grant: Grant) -> None:

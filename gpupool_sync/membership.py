@@ -225,7 +225,7 @@ def let_leave(state: PoolState, engine: Engine) -> None:
             engine.found = {k: v for k, v in engine.found.items() if k != endpoint.id}
             logger.info("endpoint %s is gone", endpoint.id)
         asked = {id(store) for grant in list(state.grants.values()) for store in grant.asked}
-        idle = [each for each in engine.retired if id(each) not in asked]
+        idle = [each for each in engine.retired if id(each) not in asked and not state.teller.owes(each)]
         for store in idle:
             engine.retired.remove(store)
             engine.recipes.pop(id(store), None)

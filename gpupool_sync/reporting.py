@@ -370,7 +370,8 @@ def stats(state: PoolState, *, reset: bool = False, all_time: bool = False) -> d
         default=None,
     )
     result["strategy"] = {"name": state.strategy.name, **state.strategy.stats()}
-    result["threads"] = engine.monitor.threads() + engine.keeper.threads() if engine is not None else 0
+    threads = engine.monitor.threads() + engine.keeper.threads() if engine is not None else 0
+    result["threads"] = threads + state.teller.threads()
     result.update(
         engine.monitor.stats(reset=reset, all_time=all_time)
         if engine is not None

@@ -27,6 +27,7 @@ from gpupool_sync.models import GPURequest, Snapshot
 from gpupool_sync.outage import Outages
 from gpupool_sync.strategies import make_strategy
 from gpupool_sync.table import Table
+from gpupool_sync.telling import Teller
 from gpupool_sync.waiting import WaitingRoom
 
 if TYPE_CHECKING:
@@ -191,9 +192,8 @@ class PoolState:
         "sights",
         "strategy",
         "table",
+        "teller",
         "told_of",
-        "unheard",
-        "unheard_at",
         "waiting",
         "warned_of_scope",
         "watched",
@@ -244,8 +244,8 @@ class PoolState:
         self.watched: dict[object, Grant] = {}
         self.dropped: deque[Any] = deque()
         self.leaving: deque[Grant] = deque()  # released while a child of popen() still ran
-        self.unheard: deque[Grant] = deque()  # released, but the arbiter could not be told
-        self.unheard_at = 0.0  # time.monotonic() at which it is told again
+        #: Tells arbiters of what has ended, where its caller does not wait for that.
+        self.teller = Teller()
         #: What each endpoint's last snapshot is to requests that come again.
         self.screens: dict[tuple[str, GPURequest], tuple[Snapshot, Screened]] = {}
         #: By which snapshots which request can be satisfied, at some time; replaced as a whole.
