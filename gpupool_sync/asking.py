@@ -25,7 +25,8 @@ RIVALS_TIME = 10.0
 FIRST_TICKETS = 12
 #: Refusals after which a caller waits instead of trying what else seemed free.
 MOST_REFUSALS = 3
-#: Arbiters that a waiter asks in one round at most, besides those that hinted or seem to have free cards.
+#: Arbiters that a waiter asks in one round at most, besides those that hinted or seem to have free cards; more where
+#: nobody else waits.
 TICKETS_PER_ROUND = 8
 #: Arbiters with cards that seem free, and that a waiter asks in one round at most.
 TRIES_PER_ROUND = 8
@@ -162,7 +163,8 @@ class Tickets:
     A ticket everywhere would make one queue of all of them, and cost as many requests a second as there are
     arbiters, of every waiter.  So a waiter begins with a few, and leaves more only while it is at the head of a
     queue: while all its arbiters have somebody older waiting no card lies idle for want of its ticket, and who has
-    waited longest has tickets almost everywhere.
+    waited longest has tickets almost everywhere.  One that finds nobody before it at any of them is most likely the
+    only one that waits, and asks the rest without a pause: the free card may be anywhere, and few do the same.
 
     Not thread-safe: it belongs to one waiting call.
     """
@@ -208,7 +210,10 @@ class Tickets:
         news = [each for each, age in promising.items() if now - age > self._answers.get(each, -math.inf)]
         plan.update(dict.fromkeys(news[:TRIES_PER_ROUND]))
         new = [each for each in arbiters if each not in self._times and each not in plan]
-        wanted = TICKETS_PER_ROUND if self.position == 0 else FIRST_TICKETS - len(self._times)
+        if self._first_everywhere:
+            wanted = max(TICKETS_PER_ROUND, len(self._times))
+        else:
+            wanted = TICKETS_PER_ROUND if self.position == 0 else FIRST_TICKETS - len(self._times)
         plan.update(dict.fromkeys(new[: max(0, wanted)]))
         self._more = len(new) > max(0, wanted)
         mine = [each for each in self._times if each in known and each not in plan]
@@ -222,7 +227,14 @@ class Tickets:
 
     def pause(self) -> float:
         """Seconds until the next round is due, if nothing happens before."""
-        return WIDEN_EVERY if self._more and self.position == 0 else math.inf
+        if not self._more or self.position != 0:
+            return math.inf
+        return 0.0 if self._first_everywhere else WIDEN_EVERY
+
+    @property
+    def _first_everywhere(self) -> bool:
+        """Whether nobody stands before us at any arbiter that we asked, as far as is known."""
+        return bool(self._positions) and not any(self._positions.values())
 
     def left(self, arbiter: Hashable, position: int | None, now: float, *, answered: bool = True) -> None:
         """It was asked, and a ticket was left, or not (*position* None): how many stand before it."""

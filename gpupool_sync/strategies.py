@@ -220,10 +220,13 @@ class Availability(CountingStrategy):
         """Return *endpoints* best first, or, in a crowd, drawn in proportion to their free cards."""
         if not endpoints:
             return endpoints
-        # One read of an int; a feedback at this very moment may count or not.
-        ordered = [] if self._draws_left else self._best_first(endpoints)
-        if not ordered or (self._spread and self._soon_taken(ordered[0])):
-            ordered = self._draw(endpoints)
+        if len(endpoints) == 1:
+            ordered = list(endpoints)
+        else:
+            # One read of an int; a feedback at this very moment may count or not.
+            ordered = [] if self._draws_left else self._best_first(endpoints)
+            if not ordered or (self._spread and self._soon_taken(ordered[0])):
+                ordered = self._draw(endpoints)
         with self._lock:
             self._count_decision_locked(ordered)
         return ordered
@@ -256,8 +259,6 @@ class Availability(CountingStrategy):
         return stats
 
     def _best_first(self, endpoints: Sequence[EndpointView]) -> list[EndpointView]:
-        if len(endpoints) == 1:
-            return list(endpoints)
         tie = NEAR_TIE if self._spread else 0.0
         chance = self._random.random
         shares = [view.free_gpus / view.total_gpus if view.total_gpus > 0 else 0.0 for view in endpoints]

@@ -137,12 +137,40 @@ def test_who_is_next_somewhere_leaves_more_tickets():
         plan = tickets.round(arbiters, {}, [], now)
         assert 0 < len(plan) <= 2 * asking.TICKETS_PER_ROUND
         for each in plan:
-            tickets.left(each, 0, now)
+            tickets.left(each, 0 if each else 2, now)  # at one of them others wait
         now += tickets.pause() if len(tickets) < len(arbiters) else 0.0
 
-    assert now <= 100 * asking.WIDEN_EVERY
+    assert 10 * asking.WIDEN_EVERY <= now <= 100 * asking.WIDEN_EVERY
     assert tickets.round(arbiters, {}, [], now) == arbiters[:1]
     assert tickets.pause() > asking.REASK, "there is nobody left to ask"
+
+
+def test_who_is_first_everywhere_asks_all_others_at_once():
+    """Nobody else waits, so that costs little, and the one card that comes free may be anywhere."""
+    tickets = Tickets()
+    arbiters = list(range(100))
+    sizes = []
+    while len(tickets) < len(arbiters):
+        plan = tickets.round(arbiters, {}, [], 0.0)
+        sizes.append(len(plan))
+        for each in plan:
+            tickets.left(each, 0, 0.0)
+        if len(tickets) < len(arbiters):
+            assert tickets.pause() == 0.0
+
+    assert sizes == [12, 12, 24, 48, 4]
+    assert tickets.pause() > asking.REASK, "there is nobody left to ask"
+
+
+def test_arbiters_that_cannot_be_asked_say_nothing_of_others_who_wait():
+    """Where none answers, all the others are not asked in a moment."""
+    tickets = Tickets()
+    arbiters = list(range(100))
+    for each in tickets.round(arbiters, {}, [], 0.0):
+        tickets.left(each, None, 0.0, answered=False)
+
+    assert tickets.pause() > asking.REASK
+    assert len(tickets.round(arbiters, {}, [], 1.0)) == 1
 
 
 def test_only_one_arbiter_holds_cards_back_for_a_waiter():
