@@ -96,8 +96,9 @@ def adopt_server(state: PoolState, engine: Engine, endpoint: PolledEndpoint, sna
         settings = attrs.evolve(
             state.settings, endpoints=(), sources=(), strategy="availability", strategy_options=None
         )
-        store = HTTPStore(mine, settings, pace=endpoint.pace)
-        engine.recipes[id(store)] = HTTPStore, (mine, settings)
+        mark = f"-{os.urandom(4).hex()}"
+        store = HTTPStore(mine, settings, mark, pace=endpoint.pace)
+        engine.recipes[id(store)] = HTTPStore, (mine, settings, mark)
         engine.unsubscribe.append(store.subscribe(partial(state.waiting.hint, arbiter=id(store))))
         engine.servers = {**engine.servers, endpoint.id: store}
         endpoint.server = store

@@ -286,7 +286,10 @@ class GPUWorkerPoolClient:
             kind = WorkerTimeoutError if any(each["healthy"] for each in endpoints) else ServiceUnavailableError
             error = kind(*exc.args)
             error.explanation = exc.explanation
-            raise error from exc
+            try:
+                raise error from exc
+            finally:
+                del error  # it has this frame
         finally:
             self._asked.pop(worker_id, None)
 

@@ -5,7 +5,6 @@ Every error of a library or a server becomes ours here or in `transport`, once.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import itertools
 import logging
@@ -25,7 +24,7 @@ from gpupool_sync import devices, wire
 from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.config import Endpoint, Settings
 from gpupool_sync.counting import Uptime, share_of, summary
-from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
+from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError, unpin
 from gpupool_sync.models import Card, Sample, Snapshot, card_key
 from gpupool_sync.transport import Pace, Transport, Turn, pace_of, retry_after
 
@@ -372,9 +371,13 @@ class PolledEndpoint:
             self._broke(exc)
             raise
         except Exception as exc:
+            unpin(exc)
             failure = EndpointUnavailable(self.id, f"reading it broke: {type(exc).__name__}: {exc}")
-            self._broke(failure)
-            raise failure from exc
+            try:
+                self._broke(failure)
+                raise failure from exc
+            finally:
+                del failure  # it has this frame
         now = boottime()
         # Noted before the breaker hears of it: who sees it closed must not be told that the endpoint is not well.
         if sample is not None:
@@ -385,15 +388,20 @@ class PolledEndpoint:
         if sample is None:
             assert patience is not None
             self._failed(patience)
-            raise patience
+            try:
+                raise patience
+            finally:
+                del patience  # it has this frame
         return self._snapshot(sample, now)
 
     def _broke(self, error: GPUPoolError) -> None:
         # Noted before the breaker hears of it, so that what it logs when it opens can say why.
         self._failed(error)
         # Not of the error itself: its traceback would hold the breaker's frames, and they it.
-        with contextlib.suppress(_Failed):
+        try:
             self._breaker.call(_fail)
+        except _Failed as exc:
+            unpin(exc)
 
     def _aged(self, sample: Sample, now: float) -> tuple[Sample, bool]:
         """

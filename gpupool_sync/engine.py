@@ -18,6 +18,7 @@ from gpupool_sync.clock import Deadline, boottime
 from gpupool_sync.errors import PoolClosed
 from gpupool_sync.holding import (
     collect_dropped,
+    finish_interrupted,
     lease_lost,
     look_for_losses,
     release,
@@ -204,11 +205,11 @@ def close(state: PoolState, timeout: float = 5.0) -> None:
         endpoint.abort()
     engine.monitor.stop(timeout)
     engine.keeper.stop(timeout)
+    collect_dropped(state, wait=False)
+    finish_interrupted(state, at_once=True)
     state.teller.finish(min(timeout, TELL_TIME))
-    stores = [*engine.servers.values(), *engine.retired]
-    for store in stores:
+    for store in (*engine.servers.values(), *engine.retired):
         store.close()
-    state.teller.forget(stores)
     for endpoint in engine.endpoints.values():
         endpoint.close()
     with state.lifecycle:
@@ -324,8 +325,9 @@ def _claimed(state: PoolState, store: LeaseStore, key: str) -> Claimed:
 
 
 def tidy(state: PoolState) -> None:
-    """What nobody waits for; on the monitor's thread, at least once a second."""
-    collect_dropped(state)
+    """What nobody waits for; on the monitor's thread, at least once a second. Asks no arbiter elsewhere: polls wait."""
+    collect_dropped(state, wait=False)
+    finish_interrupted(state)
     engine = state.engine
     if engine is not None:
         engine.keeper.ensure_running()
@@ -333,5 +335,5 @@ def tidy(state: PoolState) -> None:
             let_leave(state, engine)
     look_for_losses(state)
     for _ in range(len(state.leaving)):
-        release(state, state.leaving.popleft())
+        release(state, state.leaving.popleft(), wait=False)
     state.teller.repeat()

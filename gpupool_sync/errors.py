@@ -5,6 +5,10 @@ Arguments go to ``super().__init__``, so every error pickles without help.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from types import FrameType
+
 
 class GPUPoolError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -96,3 +100,46 @@ class BadAnswer(GPUPoolError):
 
 class ExclusivityWarning(UserWarning):
     """A card is guarded among fewer than everybody who can reach it: of another machine, or from within a container."""
+
+
+def unpin(error: BaseException, above: int = 0) -> None:
+    """
+    Drop the variables of the frames that *error* and what it is chained to were raised through, below the caller.
+
+    Libraries have frames with a variable for the very error that left them.  Such a cycle lives until Python's
+    collector comes by, and with it the frames of all callers: so does a handle that an interrupt leaves behind there,
+    whose end is what its lease is released by.
+
+    Only frames that have ended, and that were called by the caller (or, with *above*, so many calls further up): what
+    callers are handling meanwhile is theirs, and is chained to it too.
+    """
+    catcher = sys._getframe(1 + above)
+    seen: set[int] = set()
+    left: list[object] = [error]
+    while left:
+        each = left.pop()
+        if not isinstance(each, BaseException) or id(each) in seen:
+            continue
+        seen.add(id(each))
+        step = each.__traceback__
+        if step is not None and not _is_below(step.tb_frame, catcher):
+            continue
+        while step is not None:
+            # Clearing a generator's frame would end it, and its `with` blocks.
+            if not step.tb_frame.f_code.co_flags & _GENERATOR:
+                with contextlib.suppress(RuntimeError):  # it has not ended: that is where the error was caught
+                    step.tb_frame.clear()
+            step = step.tb_next
+        left += [each.__cause__, each.__context__, *each.args, getattr(each, "reason", None)]
+
+
+# `inspect.CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR`; that module takes long to import.
+_GENERATOR = 0x20 | 0x80 | 0x200
+
+
+def _is_below(frame: FrameType | None, catcher: FrameType) -> bool:
+    while frame is not None:
+        if frame is catcher:
+            return True
+        frame = frame.f_back
+    return False

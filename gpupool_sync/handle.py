@@ -75,6 +75,7 @@ class Grant:
         "children",
         "choice",
         "delivered",
+        "ending",
         "forgotten",
         "good_until",
         "id",
@@ -106,6 +107,7 @@ class Grant:
         self.snapshot: Snapshot | None = None
         self.choice: Sequence[EndpointView] = ()  # the endpoints that the strategy could choose from
         self.delivered = False  # the caller has the handle
+        self.ending: float | None = None  # time.monotonic() since when somebody gives it back, or gives it up
         self.forgotten = False  # the handle is gone, the lease is not
         self.released = False
         self.lost: str | None = None  # why the lease is gone though nobody released it

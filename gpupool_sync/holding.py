@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 #: What is logged of a lost lease: its GPUs, and why.
 LEASE_LOST = "the lease on %s is lost: %s"
 
+#: Seconds after which a release is taken to have been interrupted, beyond what its arbiter may take to answer.
+INTERRUPTED_AFTER = 0.5
 #: A release wants a new reading, unless the lease was shorter than so many seconds: nobody has put anything on a GPU by
 #: then. A poll takes the interpreter for a millisecond, and who comes and goes quickly waits for just that.
 SHORT_LEASE = 0.1
@@ -48,8 +50,8 @@ def watch(state: PoolState, anchor: object, grant: Grant) -> None:
     state.watched[reference] = grant
 
 
-def collect_dropped(state: PoolState) -> None:
-    """Release what interrupts left behind, and warn of handles that are gone."""
+def collect_dropped(state: PoolState, *, wait: bool = True) -> None:
+    """Release what interrupts left behind, and warn of handles that are gone; `release` tells of *wait*."""
     while state.dropped:
         try:
             reference = state.dropped[0]
@@ -58,17 +60,44 @@ def collect_dropped(state: PoolState) -> None:
         # Looked at first and taken out last: an interrupt in between only makes it happen again.
         grant = state.watched.get(reference)
         if grant is not None and not grant.released:
-            _collect(state, grant)
+            _collect(state, grant, wait)
         state.watched.pop(reference, None)
         with contextlib.suppress(ValueError):
             state.dropped.remove(reference)
 
 
-def _collect(state: PoolState, grant: Grant) -> None:
+def finish_interrupted(state: PoolState, *, at_once: bool = False) -> None:
+    """
+    Finish what began to be given back and was not, whoever still keeps the handle: by the traceback of a Ctrl-C, say.
+
+    Another thread may still be at it: all of it may happen twice.
+    """
+    now = time.monotonic()
+    for grant in list(state.grants.values()):
+        if grant.ending is None or grant.pid != os.getpid():
+            continue
+        elsewhere = any(store.scope == "everybody" for store in list(grant.asked))
+        patience = INTERRUPTED_AFTER + (state.settings.endpoint_timeout if elsewhere else 0.0)
+        if not at_once and now - grant.ending < patience:
+            continue
+        try:
+            if grant.released:
+                _finish(state, grant, _outlived(grant))
+            elif grant.lease is None:
+                give_up(state, grant, wait=False)
+            else:
+                release(state, grant, wait=False)
+        except Exception:
+            # A store of the user's, perhaps. The monitor's thread must go on.
+            logger.exception("a release that was interrupted could not be finished; it is tried again")
+            grant.ending = now
+
+
+def _collect(state: PoolState, grant: Grant, wait: bool) -> None:
     """A claim that nobody can use or release any more."""
     if grant.lease is None or not grant.delivered:
         # Not _give_up for a lease: a child of popen() may still run.
-        give_up(state, grant) if grant.lease is None else release(state, grant)
+        give_up(state, grant, wait=wait) if grant.lease is None else release(state, grant, wait=wait)
         return
     state.counters.add("forgotten")
     grant.forgotten = True
@@ -85,83 +114,108 @@ def _collect(state: PoolState, grant: Grant) -> None:
         return
 
 
-def release(state: PoolState, grant: Grant) -> None:
-    """Give back a lease, once its commands have ended; idempotent. Not in a forked child."""
+def release(state: PoolState, grant: Grant, *, wait: bool = True) -> None:
+    """
+    Give back a lease, once its commands have ended; idempotent. Not in a forked child.
+
+    *wait*: until an arbiter elsewhere has heard it, or has not.
+    """
     if grant.released or grant.pid != os.getpid():
         return
-    bequest = grant.bequest
-    handed_over = False
-    if grant.children and any(child.running() for child in list(grant.children)):
-        if bequest is None or not bequest.kept:
-            # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
-            if grant not in state.leaving:
-                state.leaving.append(grant)
-            return
-        handed_over = True  # the process that renews for the command gives it back
+    if grant.ending is None:
+        grant.ending = time.monotonic()
+    handed_over = _outlived(grant)
+    if handed_over and (grant.bequest is None or not grant.bequest.kept):
+        # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
+        if grant not in state.leaving:
+            state.leaving.append(grant)
+        return
     engine = state.engine
     if engine is not None and grant.lease is not None and grant.lease.ttl is not None:
         grant.why_lost()  # lost is final: looked at once more before the keeper forgets it
         engine.keeper.remove(grant.id)
     # Idempotent at the store, so an interrupt before the next line only makes it happen again.
-    if not handed_over:
-        _release_at_stores(state, grant)
+    if not handed_over:  # else the process that renews for the command gives it back
+        _release_at_stores(state, grant, wait)
     grant.released = True
-    if bequest is not None:
-        bequest.let_go() if handed_over else bequest.end()
-    _forget(state, grant)
+    _finish(state, grant, handed_over)
+
+
+def _outlived(grant: Grant) -> bool:
+    """Whether a command that has the lease still runs."""
+    return bool(grant.children) and any(child.running() for child in list(grant.children))
+
+
+def _finish(state: PoolState, grant: Grant, handed_over: bool) -> None:
+    """What is left to do once the arbiters know. All of it may be repeated; it is counted once."""
+    if grant.bequest is not None:
+        grant.bequest.let_go() if handed_over else grant.bequest.end()
     if grant.lease is not None:
-        state.counters.released(time.monotonic() - grant.begun_at)
         forget_mask(grant)
-        if engine is not None and grant.snapshot is not None:
-            state.touch(grant.snapshot.endpoint_id)
-            if time.monotonic() - grant.begun_at >= SHORT_LEASE:
-                engine.monitor.nudge(grant.snapshot.endpoint_id)
+    if not _forget(state, grant) or grant.lease is None:
+        return
+    state.counters.released(time.monotonic() - grant.begun_at)
+    engine = state.engine
+    if engine is not None and grant.snapshot is not None:
+        state.touch(grant.snapshot.endpoint_id)
+        if time.monotonic() - grant.begun_at >= SHORT_LEASE:
+            engine.monitor.nudge(grant.snapshot.endpoint_id)
 
 
-def give_up(state: PoolState, grant: Grant) -> None:
-    """Undo a claim whose caller will never have it."""
+def give_up(state: PoolState, grant: Grant, *, wait: bool = True) -> None:
+    """Undo a claim whose caller will never have it; *wait* as in `release`."""
     if grant.pid == os.getpid():
-        _release_at_stores(state, grant)
+        if grant.ending is None:
+            grant.ending = time.monotonic()
+        if state.engine is not None:
+            state.engine.keeper.remove(grant.id)  # it may have been granted right before
+        # It may have stood in line at many: whoever gives up, by Ctrl-C perhaps, need not wait for all of them.
+        _release_at_stores(state, grant, wait and len(grant.asked) == 1)
         grant.released = True
     _forget(state, grant)
 
 
-def _release_at_stores(state: PoolState, grant: Grant) -> None:
+def _release_at_stores(state: PoolState, grant: Grant, wait: bool) -> None:
     asked = list(grant.asked)
-    if grant.lease is None and len(asked) > 1:
-        # It stood in line at many: whoever gives up, by Ctrl-C perhaps, need not wait for all of them.
-        withdraw(state, asked, grant.id)
-        return
-    for store in asked:
-        try:
-            store.release([grant.id])
-        except LeaseStoreError as exc:
-            # The caller has done its part, and the others are told all the same. Nobody renews the lease any more, so
-            # it ends with its ttl at the latest; until then it is tried again.
-            what = ", ".join(card.global_gpu_id for card in grant.cards) or "a claim that was given up"
-            level = logging.WARNING if grant.lease is not None else logging.INFO
-            logger.log(level, "the release of %s did not arrive yet: %s", what, exc)
-            state.teller.tell(store, [grant.id], after=RETRY_AFTER)
+    if wait:
+        # The arbiter that granted; others are there only after an interrupt.
+        store = grant.store if grant.store in asked else asked[0] if asked else None
+        if store is not None:
+            asked.remove(store)
+            try:
+                store.release([grant.id])
+            except LeaseStoreError as exc:
+                # The caller has done its part. Nobody renews the lease any more, so it ends with its ttl at the latest;
+                # until then it is tried again.
+                what = ", ".join(card.global_gpu_id for card in grant.cards) or "a claim that was given up"
+                level = logging.WARNING if grant.lease is not None else logging.INFO
+                logger.log(level, "the release of %s did not arrive yet: %s", what, exc)
+                state.teller.tell([store], [grant.id], after=RETRY_AFTER)
+    withdraw(state, asked, grant.id)
 
 
 def withdraw(state: PoolState, stores: Iterable[LeaseStore], claim_id: str) -> None:
-    """Leave the queues of arbiters: of those on this machine at once, of others without waiting for it."""
+    """Have arbiters told that a claim has ended: those of this machine at once, others without waiting for it."""
+    elsewhere: list[LeaseStore] = []
     for store in stores:
         if store.scope == "everybody":
-            state.teller.tell(store, [claim_id])
+            elsewhere.append(store)
             continue
         try:
             store.withdraw([claim_id])
         except LeaseStoreError as exc:
-            logger.info("a ticket at %s was not withdrawn yet: %s", store.description, exc)
-            state.teller.tell(store, [claim_id], after=RETRY_AFTER)
+            logger.info("the end of a claim did not reach %s yet: %s", store.description, exc)
+            state.teller.tell([store], [claim_id], after=RETRY_AFTER)
+    if elsewhere:
+        state.teller.tell(elsewhere, [claim_id])
 
 
-def _forget(state: PoolState, grant: Grant) -> None:
-    state.grants.pop(grant.id, None)
+def _forget(state: PoolState, grant: Grant) -> bool:
+    """Whether it was still known."""
     all_grants.pop(grant.id, None)
     state.watched.pop(grant.tie_ref, None)
     grant.tie_ref = None  # with it goes the callback: nobody need hear of the anchor's end any more
+    return state.grants.pop(grant.id, None) is not None
 
 
 def release_all(state: PoolState) -> None:

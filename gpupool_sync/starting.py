@@ -36,4 +36,4 @@ def start(thread: threading.Thread) -> None:
     _thread.start_new_thread(work, ())
     started.acquire()
     if failure:
-        raise failure[0]
+        raise failure.pop()  # kept there, it would keep this frame, and this one it

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from gpupool_sync.clock import Deadline
 from gpupool_sync.errors import LeaseStoreError
-from gpupool_sync.leases.base import LeaseStore
+from gpupool_sync.leases.base import LeaseStore, StoreClosed
 from gpupool_sync.starting import start
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_AT_ONCE = 32
 #: Seconds between two attempts to tell an arbiter that did not hear.
 RETRY_AFTER = 5.0
-#: Seconds after which nobody need be told any more: the longest ttl is a tenth of that.
-MAX_AGE = 3000.0
+#: Seconds after which an arbiter elsewhere need not be told any more: twice the longest ttl.
+MAX_AGE = 600.0
 #: Ids that one arbiter can be owed; beyond that its own rules for the silent have to do.
 MAX_OWED = 10_000
 
@@ -31,11 +32,12 @@ MAX_OWED = 10_000
 class _Owed:
     """What one arbiter has still to be told."""
 
-    __slots__ = ("busy", "due", "ids")
+    __slots__ = ("busy", "due", "ids", "store")
 
-    def __init__(self) -> None:
+    def __init__(self, store: LeaseStore, due: float) -> None:
+        self.store = store
         self.ids: dict[str, float] = {}  # claim id -> since when it is owed
-        self.due = 0.0
+        self.due = due
         self.busy = False  # a thread is telling it
 
 
@@ -51,26 +53,24 @@ class Teller:
         self._clock = clock
         # Guards what follows; never held while an arbiter is told.
         self._lock = threading.Lock()
-        self._owed: dict[LeaseStore, _Owed] = {}
+        self._owed: dict[int, _Owed] = {}  # by id of the store
         self._threads: set[threading.Thread] = set()
 
-    def tell(self, store: LeaseStore, ids: Iterable[str], *, after: float = 0.0) -> None:
+    def tell(self, stores: Iterable[LeaseStore], ids: Sequence[str], *, after: float = 0.0) -> None:
         """
-        Have *store* told that these claims have ended; returns at once.
+        Have these arbiters told that the claims have ended; returns at once.
 
         Args:
             after: seconds until then, if `repeat` is called by then; what is owed already is told with it.
         """
         now = self._clock()
         with self._lock:
-            owed = self._owed.get(store)
-            if owed is None:
-                owed = self._owed[store] = _Owed()
-                owed.due = now + after
-            owed.due = min(owed.due, now + after)
-            for claim_id in ids:
-                if len(owed.ids) < MAX_OWED:
-                    owed.ids.setdefault(claim_id, now)
+            for store in stores:
+                owed = self._owed.setdefault(id(store), _Owed(store, now + after))
+                owed.due = min(owed.due, now + after)
+                for claim_id in ids:
+                    if len(owed.ids) < MAX_OWED:
+                        owed.ids.setdefault(claim_id, now)
         if after <= 0.0:
             self._start_thread()
 
@@ -80,17 +80,18 @@ class Teller:
             return
         now = self._clock()
         with self._lock:
-            for store, owed in list(self._owed.items()):
-                owed.ids = {claim_id: at for claim_id, at in owed.ids.items() if now - at < MAX_AGE}
+            for number, owed in list(self._owed.items()):
+                if owed.store.scope == "everybody":  # others have no ttl
+                    owed.ids = {claim_id: at for claim_id, at in owed.ids.items() if now - at < MAX_AGE}
                 if not owed.ids and not owed.busy:
-                    del self._owed[store]
+                    del self._owed[number]
             due = self._due_locked() is not None
         if due:
             self._start_thread()
 
     def owes(self, store: LeaseStore) -> bool:
         """Whether *store* has still to be told of something."""
-        return store in self._owed
+        return id(store) in self._owed
 
     def threads(self) -> int:
         """How many of its threads are alive."""
@@ -110,20 +111,14 @@ class Teller:
             for thread in threads:
                 thread.join(deadline.remaining())
 
-    def forget(self, stores: Iterable[LeaseStore]) -> None:
-        """Owe them nothing any more: they are closed."""
-        with self._lock:
-            for store in stores:
-                self._owed.pop(store, None)
-
     # -- the threads -------------------------------------------------------------------------------------------
 
-    def _due_locked(self) -> LeaseStore | None:
+    def _due_locked(self) -> _Owed | None:
         """Somebody whom it is time to tell."""
         now = self._clock()
-        for store, owed in self._owed.items():
+        for owed in self._owed.values():
             if owed.ids and not owed.busy and owed.due <= now:
-                return store
+                return owed
         return None
 
     def _start_thread(self) -> bool:
@@ -152,32 +147,33 @@ class Teller:
 
     def _tell_one(self, me: threading.Thread) -> bool:
         with self._lock:
-            store = self._due_locked()
-            if store is None:
+            owed = self._due_locked()
+            if owed is None:
                 # Decided under the lock: who owes something from now on starts another thread.
                 self._threads.discard(me)
                 return False
-            owed = self._owed[store]
             owed.busy = True
             told, owed.ids = owed.ids, {}
             others = self._due_locked() is not None
         if others:
             self._start_thread()  # this one may take long
-        heard = False
+        done = False
         try:
-            store.release(list(told))
-            heard = True
+            owed.store.release(list(told))
+            done = True
+        except StoreClosed:
+            done = True  # it never will
         except LeaseStoreError as exc:
-            logger.info("%s did not hear yet of %d claims that ended: %s", store.description, len(told), exc)
+            logger.info("%s did not hear yet of %d claims that ended: %s", owed.store.description, len(told), exc)
         except Exception:
-            logger.exception("telling %s of claims that ended broke", store.description)
+            logger.exception("telling %s of claims that ended broke", owed.store.description)
         finally:
             with self._lock:
                 owed.busy = False
-                if not heard:
-                    owed.ids = {**told, **owed.ids}
+                if not done:
+                    owed.ids = dict(islice({**told, **owed.ids}.items(), MAX_OWED))
                     # What became due in the meantime would not arrive either.
                     owed.due = self._clock() + RETRY_AFTER
-                elif not owed.ids and self._owed.get(store) is owed:
-                    del self._owed[store]
+                elif not owed.ids and self._owed.get(id(owed.store)) is owed:
+                    del self._owed[id(owed.store)]
         return True

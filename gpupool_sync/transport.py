@@ -52,7 +52,7 @@ from urllib3.util.connection import allowed_gai_family
 from urllib3.util.retry import Retry
 
 from gpupool_sync import wire
-from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
+from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError, unpin
 
 if TYPE_CHECKING:
     from gpupool_sync.clock import Deadline
@@ -303,6 +303,7 @@ class Transport:
         except GPUPoolError:
             raise
         except Exception as exc:
+            unpin(exc)
             raise self._translated(exc, exchange, link) from exc
         finally:
             if response is not None and not complete:
@@ -374,7 +375,8 @@ class Transport:
                     response.begin()
             except (OSError, http.client.HTTPException) as exc:
                 # As urllib3 does it, which also says whether it is to be tried again.
-                error = urllib3.exceptions.ProtocolError("Connection aborted.", exc)
+                # Without its frames, of which this is one: what is left of the retries remembers it.
+                error = urllib3.exceptions.ProtocolError("Connection aborted.", exc.with_traceback(None))
                 retries = link.adapter.max_retries.increment(method, url, error=error, _pool=pool)
                 retries.sleep()
                 return retries
@@ -960,6 +962,8 @@ class _Retry(Retry):
         _stacktrace: Any = None,
     ) -> _Retry:
         exchange = _current.exchange
+        if error is not None:
+            unpin(error, above=1)  # of an attempt that is made again nobody else sees the error
         if error is None or exchange is None or not exchange.may_retry(error):
             raise urllib3.exceptions.MaxRetryError(_pool, url or "", error) from error
         following = super().increment(method, url, response, error, _pool, _stacktrace)

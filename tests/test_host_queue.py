@@ -17,7 +17,7 @@ import pytest
 from gpupool_sync.errors import LeaseStoreError
 from gpupool_sync.leases import host
 from gpupool_sync.leases.base import Granted, Queued, Refused, Share
-from gpupool_sync.leases.host import CROWDED_TIME, RECORD_BYTES, RECORD_TIME, HostStore
+from gpupool_sync.leases.host import CROWDED_TIME, RECORD_BYTES, RECORD_TIME, HostStore, _Glance
 from gpupool_sync.leases.tickets import ANSWER_TIME
 from test_leases_contract import Clock, Hints, claim, granted
 
@@ -568,9 +568,9 @@ def test_the_first_look_at_a_record_sees_whether_it_is_held(stores, note):
     wish = claim("a", "b", "c", who="second")
     for key in ("a", "b"):
         second._raw_record(key)
-    assert [wanted.key for wanted in second._perhaps_free(wish)] == ["c"]
+    assert [wanted.key for wanted in second._perhaps_free(wish, _Glance())] == ["c"]
     first.release([other.id])
-    assert [wanted.key for wanted in second._perhaps_free(wish)] == ["b", "c"]
+    assert [wanted.key for wanted in second._perhaps_free(wish, _Glance())] == ["b", "c"]
     assert granted(second.claim(wish)) == ("b",)
 
 

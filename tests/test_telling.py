@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
-from gpupool_sync import AcquireTimeout, GPUPool, telling
+from gpupool_sync import AcquireTimeout, GPUPool, PoolClosed, telling
 from gpupool_sync.errors import LeaseStoreError
+from gpupool_sync.leases.base import StoreClosed
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.telling import MAX_AGE, MAX_AT_ONCE, RETRY_AFTER, Teller
 from gpupool_sync.testing import FakeFleet
@@ -25,6 +26,9 @@ class Clock:
 
 class Store:
     """An arbiter that hears, fails or hangs as the test wants."""
+
+    scope = "everybody"
+    __hash__ = None  # a user's own may be like that
 
     def __init__(self, description="the store of a test", *, hangs=False) -> None:
         self.description = description
@@ -65,7 +69,7 @@ def test_nobody_waits_for_an_arbiter_that_hangs(teller):
     hanging = [Store(hangs=True) for _ in range(5)]
     others = [Store() for _ in range(5)]
     for number, store in enumerate([*hanging, *others]):
-        teller.tell(store, [f"id-{number}"])
+        teller.tell([store], [f"id-{number}"])
     eventually(lambda: all(store.heard for store in others))
     assert all(store.asked.wait(60) and not store.heard for store in hanging)
     assert all(teller.owes(store) for store in hanging)
@@ -79,10 +83,10 @@ def test_nobody_waits_for_an_arbiter_that_hangs(teller):
 def test_what_comes_meanwhile_is_told_together(teller):
     """One arbiter is told by one thread at a time."""
     store = Store(hangs=True)
-    teller.tell(store, ["a"])
+    teller.tell([store], ["a"])
     assert store.asked.wait(60)
     for claim_id in "bcdb":
-        teller.tell(store, [claim_id])
+        teller.tell([store], [claim_id])
     store.gate.set()
     told(teller)
     assert store.heard == [["a"], ["b", "c", "d"]]
@@ -92,7 +96,7 @@ def test_no_more_threads_than_there_may_be(teller):
     """The others are told when there is room."""
     stores = [Store(hangs=True) for _ in range(MAX_AT_ONCE + 8)]
     for store in stores:
-        teller.tell(store, ["a"])
+        teller.tell([store], ["a"])
     eventually(lambda: sum(store.asked.is_set() for store in stores) == MAX_AT_ONCE)
     assert teller.threads() == MAX_AT_ONCE
     for store in stores:
@@ -107,7 +111,7 @@ def test_what_was_not_heard_is_told_again(teller, clock, caplog, error):
     store = Store()
     store.error = error
     with caplog.at_level(logging.INFO, logger="gpupool_sync"):
-        teller.tell(store, ["a"])
+        teller.tell([store], ["a"])
         told(teller)
     assert "the store of a test" in caplog.text
     assert teller.owes(store)
@@ -126,19 +130,21 @@ def test_what_was_not_heard_is_told_again(teller, clock, caplog, error):
 def test_something_new_is_told_at_once_with_what_is_owed(teller):
     """It may hear again."""
     store = Store()
-    teller.tell(store, ["a"], after=RETRY_AFTER)
+    teller.tell([store], ["a"], after=RETRY_AFTER)
     told(teller)
     assert not store.asked.is_set()
-    teller.tell(store, ["b"])
+    teller.tell([store], ["b"])
     told(teller)
     assert store.heard == [["a", "b"]]
 
 
 def test_what_nobody_needs_to_know_any_more_is_forgotten(teller, clock):
-    """Every lease has ended by then."""
-    store = Store()
-    store.error = LeaseStoreError("it is away")
-    teller.tell(store, ["a"])
+    """Every ttl has ended by then. Those of this machine have none."""
+    store, local = Store(), Store()
+    local.scope = "host"
+    for each in (store, local):
+        each.error = LeaseStoreError("it is away")
+    teller.tell([store, local], ["a"])
     told(teller)
     clock.now += MAX_AGE - 1.0
     teller.repeat()
@@ -146,31 +152,52 @@ def test_what_nobody_needs_to_know_any_more_is_forgotten(teller, clock):
     assert teller.owes(store)
     clock.now += 1.0
     teller.repeat()
+    told(teller)
     assert not teller.owes(store)
+    assert teller.owes(local)
 
 
-def test_what_can_be_owed_is_bounded(teller, monkeypatch):
+def test_what_can_be_owed_is_bounded(teller, clock, monkeypatch):
     """An arbiter that never comes back must not eat the memory."""
     monkeypatch.setattr(telling, "MAX_OWED", 3)
     store = Store()
+    store.error = LeaseStoreError("it is away")
     for number in range(9):
-        teller.tell(store, [str(number)], after=RETRY_AFTER)
-    teller.tell(store, [])
+        teller.tell([store], [str(number)], after=RETRY_AFTER)
+    for number in range(9):
+        store.asked.clear()
+        store.gate.clear()
+        teller.tell([store], [])
+        assert store.asked.wait(60)
+        teller.tell([store], [f"meanwhile-{number}"])
+        store.gate.set()
+        told(teller)
+    store.error = None
+    teller.tell([store], [])
     told(teller)
     assert store.heard == [["0", "1", "2"]]
 
 
+def test_a_closed_arbiter_is_owed_nothing(teller):
+    """Who gives up while a pool closes may be late."""
+    store = Store()
+    store.error = StoreClosed("closed")
+    teller.tell([store], ["a"])
+    told(teller)
+    assert store.asked.is_set()
+    assert not teller.owes(store)
+
+
 def test_the_end_waits_a_little_and_no_longer(teller):
-    """What a closed arbiter was to be told, nobody needs to know."""
+    """A pool closes although a server hangs."""
     store = Store(hangs=True)
-    teller.tell(store, ["a"])
+    teller.tell([store], ["a"])
     assert store.asked.wait(60)
     teller.finish(0.01)
     assert store.heard == []
-    teller.forget([store])
-    assert not teller.owes(store)
     store.gate.set()
-    eventually(lambda: store.heard == [["a"]])
+    told(teller)
+    assert store.heard == [["a"]]
 
 
 def test_without_a_thread_it_is_told_later(teller, monkeypatch):
@@ -182,7 +209,7 @@ def test_without_a_thread_it_is_told_later(teller, monkeypatch):
     store = Store()
     with monkeypatch.context() as patched:
         patched.setattr(telling, "start", no_thread)
-        teller.tell(store, ["a"])
+        teller.tell([store], ["a"])
         teller.finish(60)
     assert not store.asked.is_set()
     teller.repeat()
@@ -196,7 +223,7 @@ def test_from_many_threads_everything_is_told_once(teller):
 
     def work(number):
         for turn in range(200):
-            teller.tell(stores[turn % 3], [f"{number}-{turn}"])
+            teller.tell([stores[turn % 3]], [f"{number}-{turn}"])
 
     run_threads(6, work)
     eventually(lambda: not any(map(teller.owes, stores)))
@@ -259,8 +286,7 @@ def test_who_is_served_does_not_wait_until_the_others_know(servers, deaf):
         assert released.wait(60)
         thread.join(60)
         assert gate.asked.wait(60)
-        queue = pool.leases().queue
-        assert len(queue) == 1  # the others know; this one does not yet
+        eventually(lambda: len(pool.leases().queue) == 1, timeout=60)  # the others know; this one does not yet
         gate.set()
         eventually(lambda: not pool.leases().queue, timeout=60)
         assert pool.stats()["store_errors"] == 0
@@ -272,9 +298,21 @@ def test_who_gives_up_does_not_wait_until_all_know(servers, deaf):
     gate, make_deaf = deaf
     with GPUPool(servers.urls, poll_interval=0.1) as holding, GPUPool(servers.urls, poll_interval=0.1) as pool:
         held = [holding.acquire(timeout=60) for _ in range(3)]
+        given_up = threading.Event()
+        acquiring = pool.gpu(timeout=100)
+
+        def wait():
+            with pytest.raises(PoolClosed, match="cancelled"), acquiring:
+                pass
+            given_up.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        eventually(lambda: waiting_everywhere(pool, 1), timeout=60)
         make_deaf()
-        with pytest.raises(AcquireTimeout):
-            pool.acquire(timeout=2.0)
+        acquiring.cancel()
+        assert given_up.wait(60)
+        thread.join(60)
         assert gate.asked.wait(60)
         gate.set()
         eventually(lambda: not pool.leases().queue, timeout=60)
@@ -304,3 +342,39 @@ def test_closing_waits_until_they_know(servers, deaf, monkeypatch):
         monkeypatch.setattr(Teller, "finish", finishing)
         pool.close()
         assert not holding.leases().queue
+
+
+# -- two ways to one server -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("change", ["the endpoint is added anew", "the other URL is taken"])
+def test_what_ends_on_one_way_to_a_server_does_not_end_on_the_other(servers, change):
+    """Its ticket by the former way is withdrawn; the lease that it has by the new one stays."""
+    url = servers[0].url
+    by_name = url.replace("127.0.0.1", "localhost")
+    urls = [url] if "anew" in change else [url, by_name]
+    with GPUPool([url], poll_interval=0.1) as others, GPUPool(urls, poll_interval=0.1) as pool:
+        held = others.acquire(timeout=60)
+        granted = []
+        thread = threading.Thread(target=lambda: granted.append(pool.acquire(timeout=100)))
+        thread.start()
+        eventually(lambda: others.leases().queue, timeout=60)
+        (former,) = next(iter(pool._state.grants.values())).asked
+        if "anew" in change:
+            pool.remove_endpoint(next(iter(pool._state.engine.endpoints)))
+            pool.add_endpoint(url)
+        else:
+            pool.drain_endpoint(
+                next(each.endpoint_id for each in pool.status().endpoints if each.url in former.description)
+            )
+        eventually(lambda: len(others.leases().queue) == 2, timeout=60, message="it stands in line by the new way")
+        held.release()
+        thread.join(60)
+        eventually(lambda: not pool._state.teller.owes(former), timeout=60)
+        assert not others.leases().queue
+        assert len(others.leases().leases) == 1
+        with pytest.raises(AcquireTimeout):
+            others.acquire(timeout=0)
+        granted[0].release()
+        assert others.acquire(timeout=60).uuid == granted[0].uuid

@@ -162,6 +162,10 @@ class NotAsked(LeaseStoreError):
     """The arbiter was not even asked: a claim that it has never heard of need not be withdrawn."""
 
 
+class StoreClosed(LeaseStoreError):
+    """The store was closed, so the arbiter will not be told anything any more."""
+
+
 class LeaseStore(Protocol):
     """
     One arbiter.  Every method is thread-safe and short: none waits for another holder.

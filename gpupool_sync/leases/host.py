@@ -584,7 +584,7 @@ class HostStore:
                 claim.share,
             ):
                 raise LeaseStoreError(f"{self.description}: this ticket id is in use with another request")
-        unqueued: OSError | None = None
+        unqueued: tuple[Any, ...] | None = None  # not the error itself: it has this frame, see `errors.unpin`
         names: Sequence[str] = ()
         opened = self._reopen(claim.emptied)
         granted = self._take_offer(claim)
@@ -599,12 +599,12 @@ class HostStore:
                 names = self._ticket_names()
             except OSError as exc:  # such as a full file system
                 self._drop_ticket(claim.id)
-                unqueued = exc
+                unqueued = exc.args
                 names = self._ticket_names()  # those who could leave theirs are served first
             granted = self._try(claim, names)
         if granted is None:
             if unqueued is not None:
-                raise unqueued
+                raise OSError(*unqueued)
             self._pass_on_opened(opened)
             return Queued(self._position(claim.id, names)) if claim.queue else Refused(self._reasons(claim))
         self._enter(claim, granted)
@@ -691,7 +691,7 @@ class HostStore:
         everything, _ = _wanted_files(claim.groups)
         perhaps: Sequence[Wanted] = everything
         if claim.share is None:
-            perhaps = self._perhaps_free(claim)
+            perhaps = self._perhaps_free(claim, glance)
             if perhaps or claim.count > 1:
                 glance.free = dict.fromkeys([(wanted.key, False) for wanted in everything], False)
                 for wanted in perhaps:
@@ -809,7 +809,7 @@ class HostStore:
         names: list[str] = []
         keys: list[str] = []
         records: list[dict[str, Any] | None] = []
-        full: OSError | None = None
+        full: tuple[Any, ...] | None = None  # not the error itself: it has this frame, see `errors.unpin`
         for wanted in order:
             if len(keys) == claim.count:
                 break
@@ -822,7 +822,7 @@ class HostStore:
             except OSError as exc:
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                full = exc
+                full = exc.args
                 continue  # a card that was held before has its record already
             if locked is None:
                 continue
@@ -842,7 +842,7 @@ class HostStore:
             records.append(record)
         if len(keys) < claim.count:
             if full is not None:
-                raise full
+                raise OSError(*full)
             for file in files:
                 file.unlock()
             return None
@@ -1163,16 +1163,19 @@ class HostStore:
         """
         return _HELD in raw and self._boot_mark in raw
 
-    def _perhaps_free(self, claim: Claim) -> list[Wanted]:
+    def _perhaps_free(self, claim: Claim, glance: _Glance) -> list[Wanted]:
         """
-        The cards that *claim* wants, whole, less those of which a first look at their records says that they are held.
+        The cards that *claim* wants, whole, less those of which a first look at their records tells the contrary.
 
-        Mostly that is all of them, and then a turn costs little else than this.
+        They say that the card is held, or kept for another ticket. Mostly all do, and then a turn costs little else.
         """
-        mark = self._boot_mark
+        mark, promised = self._boot_mark, self._is_promised
         wanted, names = _wanted_files(claim.groups)
-        seen = self._card_files.peek(names, PEEK_BYTES)
-        return [each for each, raw in zip(wanted, seen, strict=True) if not (_HELD in raw and mark in raw)]
+        return [
+            each
+            for each, raw in zip(wanted, self._card_files.peek(names, PEEK_BYTES), strict=True)
+            if not (mark in raw and (_HELD in raw or promised(glance, each.key, raw)))
+        ]
 
     def _fits_by_record(
         self,
@@ -1895,7 +1898,7 @@ class HostStore:
                 queue.remove(name)
 
     def _left_of(self, claim: Claim, glance: _Glance) -> list[str]:
-        perhaps = [wanted.key for wanted in self._perhaps_free(claim)]
+        perhaps = [wanted.key for wanted in self._perhaps_free(claim, glance)]
         return [key for key in perhaps if self._free_by_record(glance, key, {}, shared=False)]
 
     def _need_socket(self) -> None:

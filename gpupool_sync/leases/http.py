@@ -32,6 +32,7 @@ from gpupool_sync.leases.base import (
     Queued,
     Refused,
     Scope,
+    StoreClosed,
     TicketInfo,
 )
 from gpupool_sync.leases.documents import BadDocument, digest
@@ -63,7 +64,9 @@ class HTTPStore:
     A `LeaseStore` for the cards of one server, among everybody who asks that server.
 
     Its leases have a ttl: somebody has to renew them.  `settings` tell the ttl of claims that name none, and how long
-    an exchange may take.
+    an exchange may take.  *mark* ends each id that the server is told: a pool may come to one server by two stores, as
+    by two URLs or when an endpoint was taken out and added anew, and what ends a claim at one of them must not end a
+    lease that the other has for the same caller.
 
     Under the `max_rate` of *endpoint*, whose *pace* is that of its other requests too, renewals and releases are sent
     at once all the same: a lease must not be lost, nor a card be kept from others, for a limit on our curiosity.  They
@@ -79,11 +82,13 @@ class HTTPStore:
         self,
         endpoint: Endpoint,
         settings: Settings,
+        mark: str = "",
         *,
         pace: Pace | None = None,
         clock: Callable[[], float] = boottime,
     ) -> None:
         self._clock = clock
+        self._mark = mark
         self._ttl = settings.ttl
         self._timeout = settings.endpoint_timeout
         self.description = f"server {endpoint.url}"
@@ -127,6 +132,7 @@ class HTTPStore:
                 self._awake.set()
         sent = self._clock()
         body = documents.claim_document(claim, self._ttl if claim.ttl is None else claim.ttl)
+        (body["id"],) = self._told([claim.id])
         try:
             answer = self._post("/v1/leases", body, self._timeout, Turn.SOON)
         except NotAsked:
@@ -151,6 +157,10 @@ class HTTPStore:
             self._forget([claim.id], released=False)
             raise LeaseLost(wire.error_message(document) or "this lease is gone")
         raise self._refused(answer, document)
+
+    def _told(self, ids: Iterable[str]) -> list[str]:
+        """These ids, as the server knows them."""
+        return [claim_id + self._mark for claim_id in ids]
 
     def _granted(self, claim: Claim, told: documents.GrantDocument, sent: float) -> Lease:
         if len(told.cards) != claim.count:
@@ -214,7 +224,7 @@ class HTTPStore:
             sent = self._clock()
             # Shorter than other requests: a renewal that hangs can only be repeated.
             timeout = min(self._timeout, self._ttl / 6.0)
-            answer = self._post("/v1/leases/renew", {"ids": batch}, timeout, Turn.NOW)
+            answer = self._post("/v1/leases/renew", {"ids": self._told(batch)}, timeout, Turn.NOW)
             document = self._document(answer)
             if answer.status != 200:
                 raise self._refused(answer, document)
@@ -274,7 +284,7 @@ class HTTPStore:
 
     def _pay(self, ids: Sequence[str]) -> None:
         for batch in _batches(ids):
-            answer = self._post("/v1/leases/release", {"ids": batch}, self._timeout, Turn.NOW)
+            answer = self._post("/v1/leases/release", {"ids": self._told(batch)}, self._timeout, Turn.NOW)
             document = self._document(answer)
             # A page that something in between serves, or an error, is no word of the arbiter: it is told again.
             if answer.status != 200 or "error" in document:
@@ -338,7 +348,8 @@ class HTTPStore:
         if not told:
             return
         with self._lock:
-            by_digest = {digest(claim_id): claim_id for claim_id in self._tickets}
+            tickets = list(self._tickets)
+        by_digest = dict(zip(map(digest, self._told(tickets)), tickets, strict=True))
         mine = [by_digest[each] for each in told if each in by_digest]
         if mine:
             self._hints.tell(mine)
@@ -426,7 +437,8 @@ class HTTPStore:
         except NoTurn as exc:
             raise NotAsked(f"{self.description}: {exc.message}") from exc
         except (EndpointUnavailable, BadAnswer) as exc:
-            raise LeaseStoreError(f"{self.description}: {exc.message}") from exc
+            kind = StoreClosed if self._closed else LeaseStoreError
+            raise kind(f"{self.description}: {exc.message}") from exc
         if answer.status == 429:  # 503 is said of this one request, by servers of ours that are busy
             self._not_before = self._clock() + (retry_after(answer) or 0.0)
         return answer

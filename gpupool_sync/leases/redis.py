@@ -30,7 +30,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 import attrs
 
 from gpupool_sync.clock import boottime
-from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError, MissingExtra
+from gpupool_sync.errors import ConfigError, LeaseLost, LeaseStoreError, MissingExtra, unpin
 from gpupool_sync.leases.base import (
     CLOSED_TIME,
     Claim,
@@ -852,6 +852,20 @@ class _Known:
         return self._info
 
 
+class _Retry(Retry):
+    """redis-py's; an attempt that failed leaves nothing behind."""
+
+    def call_with_retry(self, do: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        def attempt() -> Any:
+            try:
+                return do()
+            except Exception as exc:
+                unpin(exc)
+                raise
+
+        return super().call_with_retry(attempt, *args, **kwargs)
+
+
 class RedisStore:
     """
     A `LeaseStore` for everybody who can reach one Redis.
@@ -937,7 +951,7 @@ class RedisStore:
             max_connections=2**31,
             # Every script is idempotent. Once, for a connection that the server has closed since; never after a
             # timeout, which would double the time that a caller waits.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            retry=_Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             redis_connect_func=self._greet,
         )
 
@@ -989,7 +1003,11 @@ class RedisStore:
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
             failure = exc
         if failure is not None:
-            raise self._error(failure)
+            unpin(failure)
+            try:
+                raise self._error(failure)
+            finally:
+                failure = None  # it has this frame
         now = self._clock()
         self._closed = {key: now - float(age) / 1e6 for key, age in answer["closed"].items()}
         self._crowded_at = self._clock() if answer["crowded"] else -math.inf
@@ -1272,7 +1290,11 @@ class RedisStore:
         except (redis.RedisError, OSError, ValueError, TypeError) as exc:
             failure = exc
         if failure is not None:
-            raise self._error(failure)
+            unpin(failure)
+            try:
+                raise self._error(failure)
+            finally:
+                failure = None  # it has this frame
         self._note_freed(freed or (), given or ())
         self._hints.tell([claim_id])
 
