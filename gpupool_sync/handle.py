@@ -107,7 +107,9 @@ class Grant:
         self.snapshot: Snapshot | None = None
         self.choice: Sequence[EndpointView] = ()  # the endpoints that the strategy could choose from
         self.delivered = False  # the caller has the handle
-        self.ending: float | None = None  # time.monotonic() since when somebody gives it back, or gives it up
+        #: Somebody has begun to give it back, or up, if not None: and since when the monitor's thread knows that, by
+        #: time.monotonic(); 0 as long as it has not looked.
+        self.ending: float | None = None
         self.forgotten = False  # the handle is gone, the lease is not
         self.released = False
         self.lost: str | None = None  # why the lease is gone though nobody released it

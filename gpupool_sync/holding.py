@@ -78,7 +78,9 @@ def finish_interrupted(state: PoolState, *, at_once: bool = False) -> None:
             continue
         elsewhere = any(store.scope == "everybody" for store in list(grant.asked))
         patience = INTERRUPTED_AFTER + (state.settings.endpoint_timeout if elsewhere else 0.0)
-        if not at_once and now - grant.ending < patience:
+        if not at_once and (grant.ending == 0.0 or now - grant.ending < patience):
+            # Since the first look, not since it began: a process that was stopped has had no time for it.
+            grant.ending = grant.ending or now
             continue
         try:
             if grant.released:
@@ -123,7 +125,7 @@ def release(state: PoolState, grant: Grant, *, wait: bool = True) -> None:
     if grant.released or grant.pid != os.getpid():
         return
     if grant.ending is None:
-        grant.ending = time.monotonic()
+        grant.ending = 0.0
     handed_over = _outlived(grant)
     if handed_over and (grant.bequest is None or not grant.bequest.kept):
         # Freeing a card in use is worse than keeping it; the monitor's thread looks again.
@@ -166,7 +168,7 @@ def give_up(state: PoolState, grant: Grant, *, wait: bool = True) -> None:
     """Undo a claim whose caller will never have it; *wait* as in `release`."""
     if grant.pid == os.getpid():
         if grant.ending is None:
-            grant.ending = time.monotonic()
+            grant.ending = 0.0
         if state.engine is not None:
             state.engine.keeper.remove(grant.id)  # it may have been granted right before
         # It may have stood in line at many: whoever gives up, by Ctrl-C perhaps, need not wait for all of them.
