@@ -213,11 +213,11 @@ def withdraw(state: PoolState, stores: Iterable[LeaseStore], claim_id: str) -> N
 
 
 def _forget(state: PoolState, grant: Grant) -> bool:
-    """Whether it was still known."""
-    all_grants.pop(grant.id, None)
+    """Whether it was still known; to this process, as *state* may be that of another pool than its own."""
+    state.grants.pop(grant.id, None)
     state.watched.pop(grant.tie_ref, None)
     grant.tie_ref = None  # with it goes the callback: nobody need hear of the anchor's end any more
-    return state.grants.pop(grant.id, None) is not None
+    return all_grants.pop(grant.id, None) is not None
 
 
 def release_all(state: PoolState) -> None:
