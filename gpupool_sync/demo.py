@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -191,7 +192,7 @@ class _Hold:
 class _Worker:
     """A process that runs jobs; see `_demo_worker`."""
 
-    def __init__(self, number: int, settings: Mapping[str, Any], errors: IO[bytes]) -> None:
+    def __init__(self, number: int, settings: Mapping[str, Any]) -> None:
         self.name = f"worker {number}"
         # Guarded by the lock of the demo, with all that it knows.
         self.ready = False
@@ -203,14 +204,20 @@ class _Worker:
         self.died_at = 0.0
         self.left_jobs: Sequence[int] = ()
         root = str(Path(__file__).resolve().parent.parent)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, "gpupool_sync._demo_worker", root],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            # Ctrl-C is for us: it ends with us, as its input does.
-            start_new_session=True,
-        )
+        # Its own: of a file for all, the last line may be what another one is just writing.
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _START, "gpupool_sync._demo_worker", root],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                # Ctrl-C is for us: it ends with us, as its input does.
+                start_new_session=True,
+            )
+        except BaseException:
+            self._errors.close()
+            raise
         self.send({"name": self.name, **settings})
 
     def send(self, order: object) -> None:
@@ -227,12 +234,18 @@ class _Worker:
                 if line.endswith(b"\n"):  # killed in the middle of one
                     yield json.loads(line)
 
+    def last_words(self) -> str:
+        """The last line that it wrote to its standard error, after a colon. Not after `end`."""
+        # By position: the offset of the file is the process's too.
+        lines = os.pread(self._errors.fileno(), 1_000_000, 0).decode("utf-8", "replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
     def end(self) -> None:
         """Now, whatever it does."""
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(RESERVE / 4)
-        for file in (self.process.stdin, self.process.stdout):
+        for file in (self.process.stdin, self.process.stdout, self._errors):
             assert file is not None
             with contextlib.suppress(OSError):
                 file.close()
@@ -269,7 +282,6 @@ class Demo:
         self._begin = time.monotonic()
         self._deadline = Deadline.after(max(0.0, self._limit - RESERVE))
         self._stop = threading.Event()
-        self._errors: IO[bytes] | None = None
         # Guards what follows, and what it says of each worker: additions and lookups. Orders are sent outside.
         self._lock = threading.RLock()
         self._workers: list[_Worker] = []
@@ -332,7 +344,6 @@ class Demo:
             arbiters = [HTTPStore(each, Settings(endpoint_timeout=1.0, endpoint_max_retries=0)) for each in endpoints]
             for arbiter in arbiters:
                 ending.callback(arbiter.close)
-            self._errors = ending.enter_context(tempfile.TemporaryFile())
             ending.callback(self._end_workers)
             self._start_workers(endpoints, options)
             pool.open(wait=True)
@@ -365,9 +376,8 @@ class Demo:
             "threads": THREADS,
             "patience": self._limit,
         }
-        assert self._errors is not None
         for number in range(1, WORKERS + 1):
-            worker = _Worker(number, settings, self._errors)
+            worker = _Worker(number, settings)
             self._workers.append(worker)
             threading.Thread(
                 target=self._listen, args=(worker,), name=f"gpupool-demo-listener-{number}", daemon=True
@@ -483,15 +493,8 @@ class Demo:
             worker.gone.set()
             if not worker.killed and not self._ending:
                 self._failed += 1
-                self._say(f"{worker.name} ended by itself, with status {status}{self._last_words()}", "bad")
+                self._say(f"{worker.name} ended by itself, with status {status}{worker.last_words()}", "bad")
         self._hand_out()
-
-    def _last_words(self) -> str:
-        if self._errors is None or self._errors.closed:
-            return ""
-        self._errors.seek(0)
-        lines = self._errors.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
 
     def _noted(self, worker: _Worker, note: Mapping[str, Any]) -> None:
         what = note["note"]
