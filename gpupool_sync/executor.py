@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import pickle
 import signal
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import attrs
 
-from gpupool_sync.errors import ConfigError, GPUPoolError, LeaseLost, PoolClosed, RemoteGPUError
+from gpupool_sync.errors import AcquireTimeout, ConfigError, GPUPoolError, LeaseLost, PoolClosed, RemoteGPUError
 from gpupool_sync.starting import start
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ T = TypeVar("T")
 END_TIME = 30.0
 #: Seconds between two looks whether a worker lives, and whether anybody still has the executor.
 LOOK = 1.0
+#: Seconds after which a slot that ended by an error is replaced, as long as there is work.
+SLOT_RETRY = 10.0
 #: Workers in a row that may die before they are ready for a task.
 DEATHS_AT_START = 3
 #: Seconds without a task after which a worker gives its GPU back.
@@ -275,6 +278,9 @@ class _Crew:
         self._ending = False
         self._refuse: Callable[[], BaseException] | None = None
         self._deaths = 0  # in a row, of workers that were not ready yet
+        self._gpus = 0  # known when slots were last started
+        self._again_at = math.inf  # time.monotonic(): when slots are started in place of those that failed
+        self._failure = ""  # the last one of a slot, which is told once
 
     # -- from outside ------------------------------------------------------------------------------------------
 
@@ -382,11 +388,13 @@ class _Crew:
 
     def start_slots(self) -> None:
         """As many as there is work for, GPUs for, and leave for."""
-        limit = max(1, self.pool.cards_known()) if self._max_workers is None else self._max_workers
+        gpus = self.pool.cards_known()
+        limit = max(1, gpus) if self._max_workers is None else self._max_workers
         while True:
             slot = _Slot(self)
             # Started under the lock, or somebody might join it before; a new thread does not take it so early.
             with self.lock:
+                self._gpus, self._again_at = gpus, math.inf
                 if len(self._slots) >= limit or len(self._queue) <= sum(not each.busy for each in self._slots):
                     return
                 self._slots.add(slot)
@@ -395,6 +403,17 @@ class _Crew:
                 except BaseException:
                     self._slots.discard(slot)  # if it runs all the same, it adds itself
                     raise
+
+    def grow(self) -> None:
+        """
+        Start slots for GPUs that have come since, and in place of those that failed.
+
+        All tasks may be submitted by then, and all slots run long ones: nothing else would.
+        """
+        more = self._max_workers is None and self.pool.cards_known() > self._gpus
+        if (more or time.monotonic() >= self._again_at) and self.has_work():
+            with contextlib.suppress(RuntimeError):  # no thread to be had
+                self.start_slots()
 
     def begin(self, slot: _Slot) -> None:
         with self.lock:
@@ -464,13 +483,20 @@ class _Crew:
         with self.lock:
             self._slots.discard(slot)
             last = not self._slots
+            expected = error is None or isinstance(error, (AcquireTimeout, PoolClosed))
+            if not expected:
+                self._again_at = time.monotonic() + SLOT_RETRY
+            news = not expected and self._failure != str(error)
+            self._failure = str(error) if news else self._failure
         if error is None:
             return
         if last or isinstance(error, PoolClosed):
             # No GPU can be had for any task.
             self.fail_all(lambda: error, for_ever=False)
         else:
-            logger.info("an executor does with one worker less: %s", error)
+            how = "" if expected else f" for {SLOT_RETRY:g} s"
+            level = logging.WARNING if news else logging.INFO
+            logger.log(level, "an executor does with one worker less%s: %s", how, error)
 
     def _dismiss(self) -> None:
         """At the end nobody shall wait for a GPU for which there is no task."""
@@ -559,7 +585,7 @@ class _Slot:
     def _use(self, gpu: GPU) -> None:
         """Have a worker on *gpu* do tasks until it dies, has done its share, or has nothing to do."""
         crew = self._crew
-        worker = _Worker(gpu, crew.told_first(f"gpupool-worker-{gpu.global_gpu_id}"))
+        worker = _Worker(gpu, crew.told_first(f"gpupool-worker-{gpu.global_gpu_id}"), crew.grow)
         try:
             self.worker = worker
             if self.why is not None:  # in between
@@ -633,9 +659,10 @@ class _Slot:
 class _Worker:
     """The process, seen from here."""
 
-    def __init__(self, gpu: GPU, told_first: bytes) -> None:
+    def __init__(self, gpu: GPU, told_first: bytes, meanwhile: Callable[[], None]) -> None:
         import subprocess
 
+        self._meanwhile = meanwhile  # called while it is waited for, every LOOK seconds
         self.gpu_id = gpu.global_gpu_id
         theirs_in, self._tasks = connection.Pipe(duplex=False)
         self._results, theirs_out = connection.Pipe(duplex=False)
@@ -682,6 +709,7 @@ class _Worker:
                     return None
             if not self.lives():
                 return None
+            self._meanwhile()
 
     def do(self, task: bytes) -> tuple[bool, bytes | None]:
         """Have it do a task: whether it began, and its answer if it lived to give one."""

@@ -88,6 +88,43 @@ def test_each_worker_has_a_gpu_of_its_own(pool, tmp_path):
     assert pool.stats()["held"] == 0
 
 
+def test_gpus_that_come_later_get_workers_too(fleet, tmp_path):
+    """All tasks are submitted, all workers run long ones, and then another server comes."""
+    go, here = tmp_path / "go", [tmp_path / f"task-{n}" for n in range(3)]
+    with GPUPool(fleet.urls[:1]) as pool:
+        pool.open(wait=True)
+        with pool.executor() as executor:
+            futures = [executor.submit(jobs.tell_and_wait, each, go) for each in here]
+            pids = {jobs.told(each) for each in here[:2]}
+            pool.add_endpoint(fleet.urls[1])
+            assert jobs.told(here[2]) not in pids
+            go.touch()
+            assert {future.result(LONG) for future in futures} == {gpu.uuid for gpu in pool.status().gpus}
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(pool, tmp_path, monkeypatch, caplog):
+    """What went wrong may be over in a moment, and the tasks run for hours; it is told once."""
+    made = executor_module._Worker
+    workers = []
+
+    def worker(*args):
+        workers.append(args)
+        if 3 <= len(workers) <= 5:
+            raise OSError("no more processes for now")
+        return made(*args)
+
+    monkeypatch.setattr(executor_module, "_Worker", worker)
+    monkeypatch.setattr(executor_module, "SLOT_RETRY", 0.0)
+    go, here = tmp_path / "go", [tmp_path / f"task-{n}" for n in range(3)]
+    with pool.executor() as executor:
+        futures = [executor.submit(jobs.tell_and_wait, each, go) for each in here]
+        assert len({jobs.told(each) for each in here}) == 3
+        go.touch()
+        assert len({future.result(LONG) for future in futures}) == 3
+    assert len(workers) >= 6
+    assert caplog.text.count("no more processes for now") == 1
+
+
 @linux
 def test_a_worker_is_masked_before_it_imports_anything(pool, monkeypatch):
     """Also where we are masked ourselves: to its own GPU, not to ours."""
