@@ -79,10 +79,12 @@ class Bequest:
         _sweep(parent)
         while True:
             self.directory = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
-            self._lock = _opened(self.directory, _OPEN_DIRECTORY, dir_fd=None)
-            # Somebody who tidies up may have found it unlocked a moment ago.
-            if _take(self._lock, fcntl.LOCK_EX) and os.path.isdir(self.directory):
-                break
+            # Somebody who tidies up, as another thread here that starts a command, may have found it unlocked a moment
+            # ago: it is gone before we open it, or before we lock it.
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = _opened(self.directory, _OPEN_DIRECTORY, dir_fd=None)
+                if _take(self._lock, fcntl.LOCK_EX) and os.path.isdir(self.directory):
+                    break
         self.kept = False  # a process renews it as long as a command lives
         _bequests.add(self)
 

@@ -22,7 +22,7 @@ from gpupool_sync import GPUPool, GPUPoolError, LeaseLost, NoSuchGPU, inherited
 from gpupool_sync.leases.base import Granted
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
-from helpers import HoldLog, eventually
+from helpers import HoldLog, eventually, run_threads
 from redis_server import RedisServer, needs_redis
 
 HERE = Path(__file__).parent
@@ -517,6 +517,60 @@ def test_the_process_that_renews_says_why_it_does_not_start(monkeypatch, tempora
         monkeypatch.setattr(pool, "_recipe", lambda store: (int, ("no number",)))
         with pytest.raises(GPUPoolError, match="did not start: ValueError: invalid literal"):
             gpu.run(["true"])
+
+
+@pytest.mark.parametrize("moment", ["made", "opened"])
+def test_who_tidies_up_disturbs_nobody_who_begins(monkeypatch, temporary, moment):
+    """Another thread or process that starts a command finds the new directory before it is locked, and removes it."""
+    monkeypatch.setattr(inherited.tempfile, "gettempdir", lambda: str(temporary))
+    mkdtemp, opened = inherited.tempfile.mkdtemp, inherited._opened
+    removed = []
+
+    def sweep(path):
+        if not removed:
+            removed.append(path)
+            inherited._sweep(str(temporary))
+            assert not os.path.exists(path)
+
+    def made_and_swept(**where):
+        path = mkdtemp(**where)
+        if moment == "made":
+            sweep(path)
+        return path
+
+    def opened_and_swept(path, *how, **where):
+        found = opened(path, *how, **where)
+        if moment == "opened" and path != str(temporary):
+            # Before the sweep, which opens it too.
+            monkeypatch.setattr(inherited, "_opened", opened)
+            sweep(path)
+        return found
+
+    monkeypatch.setattr(inherited.tempfile, "mkdtemp", made_and_swept)
+    monkeypatch.setattr(inherited, "_opened", opened_and_swept)
+    bequest = inherited.Bequest()
+    try:
+        assert removed
+        assert left_behind(temporary) == [os.path.basename(bequest.directory)]
+        inherited._sweep(str(temporary))
+        assert left_behind(temporary) == [os.path.basename(bequest.directory)]
+    finally:
+        bequest.end()
+
+
+def test_many_that_begin_at_once(monkeypatch, temporary):
+    """Each has its directory for itself, whoever tidies up meanwhile, and leaves nothing."""
+    monkeypatch.setattr(inherited.tempfile, "gettempdir", lambda: str(temporary))
+
+    def begin_and_end(_):
+        for _ in range(50):
+            bequest = inherited.Bequest()
+            inherited.put(bequest.directory, "name", "")
+            assert os.listdir(bequest.directory) == ["name"]
+            bequest.end()
+
+    run_threads(8, begin_and_end)
+    assert left_behind(temporary) == []
 
 
 def test_a_forked_child_does_not_keep_the_directory_locked(monkeypatch, temporary):
