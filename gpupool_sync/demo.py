@@ -237,7 +237,8 @@ class _Worker:
     def last_words(self) -> str:
         """The last line that it wrote to its standard error, after a colon. Not after `end`."""
         # By position: the offset of the file is the process's too.
-        lines = os.pread(self._errors.fileno(), 1_000_000, 0).decode("utf-8", "replace").strip().splitlines()
+        fd = self._errors.fileno()
+        lines = os.pread(fd, 4000, max(0, os.fstat(fd).st_size - 4000)).decode("utf-8", "replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
     def end(self) -> None:
