@@ -33,7 +33,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import attrs
 
-from gpupool_sync.errors import AcquireTimeout, ConfigError, GPUPoolError, LeaseLost, PoolClosed, RemoteGPUError
+from gpupool_sync.errors import (
+    AcquireTimeout,
+    ConfigError,
+    GPUPoolError,
+    LeaseLost,
+    NoSuchGPU,
+    PoolClosed,
+    RemoteGPUError,
+)
 from gpupool_sync.starting import start
 
 if TYPE_CHECKING:
@@ -280,7 +288,7 @@ class _Crew:
         self._deaths = 0  # in a row, of workers that were not ready yet
         self._gpus = 0  # known when slots were last started
         self._again_at = math.inf  # time.monotonic(): when slots are started in place of those that failed
-        self._failure = ""  # the last one of a slot, which is told once
+        self._told: set[tuple[type, int | None]] = set()  # the kinds of errors of slots, which are told once
 
     # -- from outside ------------------------------------------------------------------------------------------
 
@@ -300,11 +308,14 @@ class _Crew:
         future.add_done_callback(self._forget_cancelled)
         try:
             self.start_slots()
-        except BaseException:
-            # No thread could be started. If nobody else is there to do it, it would never be done.
+        except BaseException as exc:
+            # Without a thread the others do it, if there are any. After an interrupt nobody has the future, so nobody
+            # shall.
+            no_thread = isinstance(exc, RuntimeError)
             with self.lock:
-                hopeless = not self._slots and self._queue.pop(future, None) is not None
-            if hopeless:
+                others = no_thread and self._slots
+                taken_back = not others and self._queue.pop(future, None) is not None
+            if taken_back or not no_thread:
                 raise
         return future
 
@@ -402,18 +413,21 @@ class _Crew:
                     start(slot.thread)
                 except BaseException:
                     self._slots.discard(slot)  # if it runs all the same, it adds itself
+                    self._again_at = time.monotonic() + SLOT_RETRY
                     raise
 
     def grow(self) -> None:
         """
-        Start slots for GPUs that have come since, and in place of those that failed.
+        Start slots for GPUs that have come since, and in place of those that failed. While a task runs: raises nothing.
 
         All tasks may be submitted by then, and all slots run long ones: nothing else would.
         """
-        more = self._max_workers is None and self.pool.cards_known() > self._gpus
-        if (more or time.monotonic() >= self._again_at) and self.has_work():
-            with contextlib.suppress(RuntimeError):  # no thread to be had
+        try:
+            more = self._max_workers is None and self.pool.cards_known() > self._gpus
+            if (more or time.monotonic() >= self._again_at) and self.has_work():
                 self.start_slots()
+        except Exception as exc:  # no thread to be had, no memory
+            logger.info("an executor starts no further worker for now: %s", exc)
 
     def begin(self, slot: _Slot) -> None:
         with self.lock:
@@ -483,20 +497,22 @@ class _Crew:
         with self.lock:
             self._slots.discard(slot)
             last = not self._slots
-            expected = error is None or isinstance(error, (AcquireTimeout, PoolClosed))
-            if not expected:
-                self._again_at = time.monotonic() + SLOT_RETRY
-            news = not expected and self._failure != str(error)
-            self._failure = str(error) if news else self._failure
         if error is None:
             return
         if last or isinstance(error, PoolClosed):
             # No GPU can be had for any task.
             self.fail_all(lambda: error, for_ever=False)
-        else:
-            how = "" if expected else f" for {SLOT_RETRY:g} s"
-            level = logging.WARNING if news else logging.INFO
-            logger.log(level, "an executor does with one worker less%s: %s", how, error)
+            return
+        for_good = isinstance(error, (NoSuchGPU, RemoteGPUError, ConfigError))
+        kind = type(error), getattr(error, "errno", None)  # not the text, which may name a file that is new each time
+        with self.lock:
+            news = kind not in self._told
+            self._told.add(kind)
+            if not for_good:
+                self._again_at = time.monotonic() + SLOT_RETRY
+        level = logging.WARNING if news and not isinstance(error, AcquireTimeout) else logging.INFO
+        how = "" if for_good else f" for {SLOT_RETRY:g} s"
+        logger.log(level, "an executor does with one worker less%s: %s", how, error)
 
     def _dismiss(self) -> None:
         """At the end nobody shall wait for a GPU for which there is no task."""
@@ -634,7 +650,11 @@ class _Slot:
     def _do(self, worker: _Worker, future: Future[Any], work: _Work) -> bool:
         """Have it do a task; whether it lives on."""
         crew = self._crew
-        begun, answer = worker.do(work.task)
+        try:
+            begun, answer = worker.do(work.task)
+        except Exception as exc:  # no memory for its answer: whoever waits for it must not do so for ever
+            future.set_exception(GPUPoolError(f"the result of {work.what} could not be received: {exc!r}"))
+            return False
         if answer is None:
             # Not a task that no worker can even receive: once more, not for ever.
             if not begun and not work.again and self.why is None:

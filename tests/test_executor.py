@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 import pickle
 import signal
@@ -102,18 +103,19 @@ def test_gpus_that_come_later_get_workers_too(fleet, tmp_path):
             assert {future.result(LONG) for future in futures} == {gpu.uuid for gpu in pool.status().gpus}
 
 
-def test_a_worker_that_cannot_be_started_is_tried_again(pool, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("what", ["_Worker", "start"])
+def test_a_worker_that_cannot_be_started_is_tried_again(pool, tmp_path, monkeypatch, caplog, what):
     """What went wrong may be over in a moment, and the tasks run for hours; it is told once."""
-    made = executor_module._Worker
-    workers = []
+    made = getattr(executor_module, what)
+    tries = itertools.count(1)
 
-    def worker(*args):
-        workers.append(args)
-        if 3 <= len(workers) <= 5:
-            raise OSError("no more processes for now")
+    def third_fails(*args):
+        number = next(tries)
+        if 3 <= number <= 5:
+            raise RuntimeError(f"no more for now, says try {number}")
         return made(*args)
 
-    monkeypatch.setattr(executor_module, "_Worker", worker)
+    monkeypatch.setattr(executor_module, what, third_fails)
     monkeypatch.setattr(executor_module, "SLOT_RETRY", 0.0)
     go, here = tmp_path / "go", [tmp_path / f"task-{n}" for n in range(3)]
     with pool.executor() as executor:
@@ -121,8 +123,63 @@ def test_a_worker_that_cannot_be_started_is_tried_again(pool, tmp_path, monkeypa
         assert len({jobs.told(each) for each in here}) == 3
         go.touch()
         assert len({future.result(LONG) for future in futures}) == 3
-    assert len(workers) >= 6
-    assert caplog.text.count("no more processes for now") == 1
+    assert next(tries) > 6
+    assert caplog.text.count("no more for now") == (what == "_Worker")
+
+
+def test_a_gpu_that_comes_free_after_the_timeout_gets_a_worker(pool, fleet, tmp_path, monkeypatch):
+    """The request has a timeout, after which the other workers do all of it; but not for ever."""
+    monkeypatch.setattr(executor_module, "SLOT_RETRY", 0.0)
+    go, here = tmp_path / "go", [tmp_path / f"task-{n}" for n in range(2)]
+    with GPUPool(fleet.urls) as others:
+        taken = [others.acquire(timeout=20) for _ in range(2)]
+        with pool.executor(timeout=0.2) as executor:
+            futures = [executor.submit(jobs.tell_and_wait, each, go) for each in here]
+            jobs.told(here[0])
+            eventually(lambda: pool.stats()["timeouts"] >= 2, LONG)
+            taken[0].release()
+            assert jobs.told(here[1]) != jobs.told(here[0])
+            go.touch()
+            assert {future.result(LONG) for future in futures} == {gpu.uuid for gpu in pool.status().gpus} - {
+                taken[1].uuid
+            }
+        taken[1].release()
+
+
+def test_an_interrupt_while_a_task_is_submitted_is_not_lost(one, tmp_path, monkeypatch):
+    """Nobody has the future then, so nobody shall begin the task."""
+    begun, go = tmp_path / "task", tmp_path / "go"
+    first = one.submit(jobs.tell_and_wait, begun, go)
+    jobs.told(begun)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one._crew, "start_slots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.submit(jobs.tell, tmp_path / "second", "")
+    go.touch()
+    first.result(LONG)
+    one.submit(jobs.what_i_see).result(LONG)
+    assert not (tmp_path / "second").exists()
+
+
+def test_an_answer_for_which_there_is_no_memory(pool, monkeypatch):
+    """Whoever waits for it is told, and the executor goes on with another worker."""
+    with pool.executor(max_workers=1) as executor:
+        executor.submit(jobs.what_i_see).result(LONG)
+        do = executor_module._Worker.do
+
+        def no_memory(worker, task):
+            do(worker, task)
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(executor_module._Worker, "do", no_memory)
+        with pytest.raises(GPUPoolError, match=r"result of what_i_see could not be received: MemoryError"):
+            executor.submit(jobs.what_i_see).result(LONG)
+        assert executor.submit(jobs.what_i_see).result(LONG)
 
 
 @linux
