@@ -196,7 +196,7 @@ FAULTS = (
     _filtered("nothing arrives", "input drop"),
     _filtered("nothing gets out", "output drop"),
     _filtered(
-        "two packets of five are lost",
+        "one packet of five is lost",
         "input numgen random mod 10 < 2 drop",
         "output numgen random mod 10 < 2 drop",
         cuts=False,

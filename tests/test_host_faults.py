@@ -381,7 +381,7 @@ def test_pools_of_servers_leave_no_connection():
         gc.collect()
         threads, files = threading.active_count(), len(descriptors())
         there = psutil.Process(fleet[0].pid)
-        for _ in range(40):
+        for _ in range(500):
             use()
         gc.collect()
         eventually(lambda: threading.active_count() <= threads, message="the threads have ended")

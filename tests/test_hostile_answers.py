@@ -24,6 +24,7 @@ from gpupool_sync.leases.base import Granted, Queued, Refused
 from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.models import Snapshot
+from helpers import MARGIN
 from hostile_answers import (
     CLAIMS,
     EVIL,
@@ -54,8 +55,6 @@ from test_transport import HOSTILE, time_for
 
 #: Seconds for what ends by itself: never reached.
 AMPLE = 60.0
-#: Seconds that a busy machine may add to a deadline; bounds a hang, measures nothing.
-MARGIN = 60.0
 MOST_MEMORY = 32 << 20
 
 WELL = body(written(summary(gpu(0, uuid="GPU-well"))))
@@ -268,7 +267,7 @@ def poll_all(stack: contextlib.ExitStack, hostile: dict[str, Endpoint], timeout:
     ]
     pool = stack.enter_context(make_pool(*renamed, Endpoint(well.url, name="well"), timeout=timeout))
     with bounded(timeout):
-        pool.open(wait=True, timeout=timeout + MARGIN)
+        pool.open(wait=True, timeout=timeout + 1.0 + MARGIN)
         errors = {
             name: pool._state.engine.endpoints[f"h{number}"].numbers().last_error for number, name in enumerate(hostile)
         }
@@ -512,7 +511,7 @@ def test_a_pool_with_a_hostile_arbiter_grants_elsewhere(caplog):
 
             def give(name: str) -> None:
                 board.put(CLAIM, CLAIMS[name])
-                with pytest.raises(AcquireTimeout) as caught:
+                with bounded(AMPLE), pytest.raises(AcquireTimeout) as caught:
                     pool.acquire(timeout=0, endpoint="hostile")
                 for line in str(caught.value).split("\n"):
                     fit_for_a_line(line, longest=3000)
@@ -525,3 +524,40 @@ def test_a_pool_with_a_hostile_arbiter_grants_elsewhere(caplog):
             board.put(CLAIM, body(written(grant())))
             with pool.gpu(timeout=20, endpoint="hostile") as granted:
                 assert granted.uuid == "GPU-1"
+
+
+def test_a_pool_goes_on_whatever_an_arbiter_says_later(caplog):
+    """Of what was given back, who holds what and who waits: leases at the decent server are as before, and listed."""
+    caplog.set_level(logging.DEBUG, logger="gpupool_sync")
+    board = Board()
+    board.put("/gpu/summary", body(written(summary(gpu(1, uuid="GPU-1"), gpu(2, uuid="GPU-2"), leases={"version": 1}))))
+    with Server(board.script) as hostile, Server(WELL) as well:
+        named = Endpoint(hostile.url, name="hostile"), Endpoint(well.url, name="well")
+        with make_pool(*named, ttl=300.0, lease_store=None) as pool, pool.gpu(timeout=20, endpoint="well") as mine:
+
+            def give_release(name: str) -> None:
+                board.put(CLAIM, body(written(grant())))
+                board.put(RELEASE, body(b"{}"))  # also for what the one before left owed
+                with bounded(AMPLE):
+                    lease = pool.acquire(timeout=20, endpoint="hostile")
+                    board.put(RELEASE, RELEASES[name])
+                    lease.release()
+                assert pool.stats()["held"] == 1
+                mine.check()
+                fit_for_screens(pool, caplog)
+
+            def give_list(name: str) -> None:
+                for path in ("/v1/leases", "/v1/queue"):
+                    board.put(path, LISTS[name])
+                with bounded(AMPLE):
+                    found = pool.leases()
+                listed = {tuple(each.gpus): each.token for each in found.leases}
+                assert listed[(mine.global_gpu_id,)] == mine.fencing_token
+                check_page(found._repr_html_())
+                for line in str(found).split("\n"):
+                    fit_for_a_line(line, longest=3000)
+                caplog.clear()
+
+            in_turn(list(RELEASES), give_release)
+            in_turn(list(LISTS), give_list)
+            mine.check()

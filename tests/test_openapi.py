@@ -56,6 +56,7 @@ def test_every_operation_is_tried(schema):
     assert described == set(OPERATIONS)
 
 
+@pytest.mark.hypothesis  # for `make test-nightly`, as it is one only inside
 @pytest.mark.parametrize(
     ("method", "path", "kind"),
     [(*each, "positive") for each in OPERATIONS] + [(*each, "negative") for each in OPERATIONS if each[0] == "POST"],

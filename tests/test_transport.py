@@ -24,12 +24,11 @@ from gpupool_sync.clock import Deadline
 from gpupool_sync.config import Endpoint
 from gpupool_sync.errors import BadAnswer, EndpointUnavailable, GPUPoolError
 from gpupool_sync.transport import MAX_BODY_BYTES, Answer, Transport, retry_after
-from helpers import connections_to, eventually, run_threads
+from helpers import MARGIN, connections_to, eventually, run_threads
 from servers import Authority, Connection, Server, answer, chunked, head
 
-#: Seconds that a hostile exchange may take, and seconds by which it must have ended.  The second bounds a hang.
+#: Seconds that a hostile exchange may take.
 TIMEOUT = 1.0
-BOUND = 100.0
 #: Seconds for exchanges that are expected to succeed, or to fail by themselves: never reached.
 AMPLE = 90.0
 
@@ -54,7 +53,7 @@ def failure(transport: Transport, timeout: float = AMPLE) -> GPUPoolError:
     begin = time.monotonic()
     with pytest.raises(GPUPoolError) as caught:
         get(transport, timeout)
-    assert time.monotonic() - begin < BOUND
+    assert time.monotonic() - begin < timeout + 1.0 + MARGIN
     return caught.value
 
 
@@ -133,7 +132,7 @@ def test_threads_ask_at_the_same_time():
     with Server(servers.answer_when_released()) as server, opened(server.url) as transport:
         releaser, errors = in_background(lambda: (eventually(lambda: len(server.requests) == 8), server.release()))
         results = run_threads(8, lambda number: get(transport))
-        releaser.join(BOUND)
+        releaser.join(AMPLE)
 
         assert not errors
         assert server.connections == 8
@@ -469,7 +468,7 @@ def test_a_request_that_nobody_reads_ends_by_the_deadline():
         begin = time.monotonic()
         with pytest.raises(EndpointUnavailable, match="no complete answer"):
             transport.post("/v1/leases", {"note": "x" * (16 << 20)}, Deadline.after(4.0))
-        assert time.monotonic() - begin < BOUND
+        assert time.monotonic() - begin < 4.0 + 1.0 + MARGIN
 
 
 # -- servers that are not there, and retries ------------------------------------------------------------------------
@@ -480,12 +479,10 @@ def test_a_closed_port_fails_at_once():
     Nobody waits for a server that is not running, in spite of the retries.
     """
     with servers.refusing() as url, opened(url) as transport:
-        begin = time.monotonic()
         error = failure(transport)
 
         assert str(error) == "s: the server refused the connection"
         assert isinstance(error.__cause__, Exception)
-        assert time.monotonic() - begin < BOUND
 
 
 def test_a_kept_connection_that_hangs():
@@ -618,7 +615,7 @@ def test_abort_ends_exchanges_at_once(authority, script, tls):
         thread, errors = in_background(lambda: get(transport, 300.0))
         eventually(lambda: server.requests)
         transport.abort()
-        thread.join(BOUND)
+        thread.join(AMPLE)
 
         assert not thread.is_alive()
         (error,) = errors
@@ -637,7 +634,7 @@ def test_abort_ends_a_handshake(authority):
         thread, errors = in_background(lambda: get(transport, 300.0))
         eventually(lambda: server.connections)
         transport.abort()
-        thread.join(BOUND)
+        thread.join(AMPLE)
 
         assert not thread.is_alive()
         assert isinstance(errors[0], EndpointUnavailable)
@@ -651,7 +648,7 @@ def test_abort_ends_connecting():
         thread, errors = in_background(lambda: get(transport, 300.0))
         eventually(lambda: any(exchange.sock for exchange in list(transport._exchanges)))
         transport.abort()
-        thread.join(BOUND)
+        thread.join(AMPLE)
 
         assert not thread.is_alive()
         assert isinstance(errors[0], EndpointUnavailable)
@@ -1030,7 +1027,7 @@ def test_abort_ends_the_wait_for_a_turn():
         thread, errors = in_background(lambda: get(transport, 300.0))
         eventually(lambda: transport._exchanges)
         transport.abort()
-        thread.join(BOUND)
+        thread.join(AMPLE)
 
         assert not thread.is_alive()
         assert isinstance(errors[0], EndpointUnavailable)
