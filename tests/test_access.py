@@ -8,16 +8,19 @@ import hmac
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 import requests
 
 from gpupool_sync import AcquireTimeout, Endpoint, GPUPool
-from gpupool_sync.errors import ConfigError
+from gpupool_sync.cli import main
+from gpupool_sync.errors import ConfigError, LeaseStoreError
 from gpupool_sync.server import access, setup
 from gpupool_sync.server.access import Tokens, User
 from helpers import eventually
@@ -208,12 +211,50 @@ def test_init_makes_files_for_this_user_alone(tmp_path):
         "key.pem": 0o600,
     }
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    assert Tokens(str(directory / "tokens"), {}).who(bearer(made.token)) == User("ann", admin=True)
+    tokens = Tokens(str(directory / "tokens"), {})
+    assert tokens.who(bearer(made.token)) == User("ann")
+    assert tokens.who(bearer(made.admin_token)) == User("ann-admin", admin=True)
     assert made.fingerprint == setup.fingerprint_of(str(directory / "cert.pem"))
     assert made.token not in repr(made)
+    assert made.admin_token not in repr(made)
     with pytest.raises(ConfigError, match="there already"):
         setup.init(directory, "ann")
     assert len(list(directory.iterdir())) == 3
+
+
+@pytest.mark.parametrize("user", ["DOMAIN\\ann", "ann smith", "#ann", "ann:b", "a" * 300, "änn", ""])
+def test_init_for_users_of_any_name(tmp_path, user):
+    """What it writes the server can read."""
+    made = setup.init(tmp_path / "secrets", user)
+    tokens = Tokens(made.tokens, {})
+    assert tokens.who(bearer(made.token)) == User(made.user)
+    assert tokens.who(bearer(made.admin_token)) == User(made.admin, admin=True)
+    assert Endpoint(made.url("gpu1", 8000)).auth == (made.user, made.token)
+
+
+def test_init_gives_clients_no_token_of_an_admin(tmp_path, capsys):
+    """The line for everybody has the ordinary one; the admin's is told apart, and how to give others their own."""
+    assert main(["serve", "--init", "--config-dir", str(tmp_path / "secrets"), "--host", "gpu1"]) == 0
+    text = capsys.readouterr().out
+    for_all, _, for_others = text.partition("All who share a token are one user")
+    for_others, _, for_me = for_others.partition("For yourself alone")
+
+    tokens = Tokens(str(tmp_path / "secrets" / "tokens"), {})
+    (url,) = re.findall(r"GPU_SERVICE_ENDPOINTS='(.*)'", for_all)
+    user, token = Endpoint(url).auth
+    assert tokens.who(bearer(token)) == User(user)
+    (admin_url,) = re.findall(r"GPU_SERVICE_ENDPOINTS='(.*)' gpupool-sync release --force", for_me)
+    admin, admin_token = Endpoint(admin_url).auth
+    assert tokens.who(bearer(admin_token)) == User(admin, admin=True)
+    assert admin != user
+    assert text.count(token) == text.count(admin_token) == 1
+    assert Endpoint(url).verify == Endpoint(admin_url).verify == setup.fingerprint_of(f"{tmp_path}/secrets/cert.pem")
+
+    # What it says for one more user does that, as it stands.
+    (command,) = [line for line in for_others.splitlines() if line.startswith("    ")]
+    subprocess.run(command.replace("NAME", "bob"), shell=True, check=True, timeout=60)
+    (bob,) = [line.split() for line in (tmp_path / "secrets" / "tokens").read_text().splitlines() if "bob" in line]
+    assert Tokens(str(tmp_path / "secrets" / "tokens"), {}).who(bearer(bob[1])) == User("bob")
 
 
 # -- a server --------------------------------------------------------------------------------------------------
@@ -309,6 +350,8 @@ def test_the_safe_way_is_the_short_way(served, tmp_path):
     port = server.url.rpartition(":")[2]
     credentials, _, rest = made["url"].partition("://")[2].partition("@")
     line = f"https://{credentials}@127.0.0.1:{port}#{rest.partition('#')[2]}"
+    for_admin = line.replace(credentials, made["admin_url"].partition("://")[2].partition("@")[0])
+    assert for_admin != line
     with GPUPool(line) as pool, pool.gpu(timeout=30, local=False) as gpu:
         assert gpu.endpoint_id == f"127.0.0.1-{port}"
         assert credentials.partition(":")[2] not in repr(pool) + str(pool.status()) + repr(gpu)
@@ -316,6 +359,21 @@ def test_the_safe_way_is_the_short_way(served, tmp_path):
     (grant,) = server.audit("grant")
     assert grant["user"] == made["user"]
     assert server.audit("denied") == []
+
+    # Who has the line is no admin: a colleague with a token of their own keeps their GPU, unless the admin wants it.
+    with open(tmp_path / "secrets" / "tokens", "a") as file:
+        file.write(f"bob {BOB}\n")
+    time.sleep(access.REREAD)
+    with GPUPool(line.replace(credentials, f"bob:{BOB}")) as pool, pool.gpu(timeout=30, local=False) as gpu:
+        with GPUPool(line) as other, pytest.raises(LeaseStoreError, match="403"):
+            other.revoke(gpu.global_gpu_id, force=True)
+        assert not gpu.lost
+        command = [sys.executable, "-m", "gpupool_sync", "release", "--force", "--wait", "0", gpu.global_gpu_id]
+        environment = {**os.environ, "GPU_SERVICE_ENDPOINTS": for_admin}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        assert "was told" in done.stdout, done.stderr
+    (force,) = server.audit("force")
+    assert force["user"] == made["admin"]
 
     endpoint = Endpoint(line)
     for wrong, why in (
@@ -325,8 +383,9 @@ def test_the_safe_way_is_the_short_way(served, tmp_path):
     ):
         with GPUPool([wrong], endpoint_timeout=5) as pool, pytest.raises(AcquireTimeout, match=why):
             pool.acquire(timeout=8, local=False)
-    assert len(server.audit("denied")) >= 1
-    assert credentials.partition(":")[2] not in server.log.read_text()
+    assert len(server.audit("denied")) >= 2
+    for each in (line, for_admin):
+        assert Endpoint(each).auth[1] not in server.log.read_text()
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -77,7 +78,8 @@ from gpupool_sync.cli._common import Number, Seconds, json_option, print_json
 @click.option(
     "--init",
     is_flag=True,
-    help="Make a token and a certificate in --config-dir, print the line for clients, and end.",
+    help="Make a token for clients, one for an admin, and a certificate in --config-dir; print the lines for both, "
+    "and end.",
 )
 @click.option(
     "--config-dir",
@@ -190,21 +192,45 @@ def _simulated_name(host: str, port: int) -> str:
 
 
 def _init(directory: Path, host: str | None, port: str | None, as_json: bool) -> None:
-    import getpass
-
     from gpupool_sync.server import run, setup
 
     options = run.Options.resolve(host=host, port=port)
-    made = setup.init(directory, getpass.getuser())
+    made = setup.init(directory, _user())
     name = run.url_of("" if options.host == run.Options().host else options.host, options.port).partition("://")[2]
-    url = made.url(name.rpartition(":")[0].strip("[]"), options.port)
+    where = name.rpartition(":")[0].strip("[]"), options.port
+    url, admin_url = made.url(*where), made.admin_url(*where)
     if as_json:
-        print_json({"directory": made.directory, "user": made.user, "fingerprint": made.fingerprint, "url": url})
+        print_json(
+            {
+                "directory": made.directory,
+                "user": made.user,
+                "fingerprint": made.fingerprint,
+                "url": url,
+                "admin": made.admin,
+                "admin_url": admin_url,
+            }
+        )
         return
-    click.echo(f"made {made.directory}: a token, a certificate and its key. Serve this machine's GPUs to others:")
+    click.echo(f"made {made.directory}: tokens, a certificate and its key. Serve this machine's GPUs to others:")
     click.echo("    gpupool-sync serve --host 0.0.0.0")
-    click.echo("and say on the machines of those who may use them (it has the token in it):")
+    click.echo(f"and say on the machines of those who may use them (it has the token of {made.user} in it):")
     click.echo(f"    export GPU_SERVICE_ENDPOINTS='{url}'")
+    click.echo("All who share a token are one user to the server, and may take each other's GPUs back. For a token of")
+    click.echo(f"one's own (a line NAME TOKEN), with NAME:TOKEN for {made.user}:… in what that person exports:")
+    # Not openssl: where it lacks, half a line would shut everybody out.
+    making = "import secrets; print('NAME', secrets.token_urlsafe(32))"
+    click.echo(f'    python3 -c "{making}" >> {shlex.quote(made.tokens)}')
+    click.echo(f"For yourself alone: {made.admin} takes GPUs back from anybody (its token is in the same file):")
+    click.echo(f"    GPU_SERVICE_ENDPOINTS='{admin_url}' gpupool-sync release --force GPU")
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no entry for the uid: containers
+        return "user"
 
 
 def _only_with_simulate(context: click.Context, simulate: str | None) -> None:

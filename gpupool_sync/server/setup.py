@@ -1,4 +1,4 @@
-"""``serve --init``: a token and a certificate, so that the safe way is the short way."""
+"""``serve --init``: tokens and a certificate, so that the safe way is the short way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import ssl
@@ -35,14 +36,28 @@ class Secrets:
     """What a server was given, for its user's eyes."""
 
     directory: str
-    user: str
+    user: str  # of the token for clients
     token: str = attrs.field(repr=False)
+    admin: str  # another user: what this one may do, no client needs
+    admin_token: str = attrs.field(repr=False)
     fingerprint: str  # of the certificate: sha256:…
+
+    @property
+    def tokens(self) -> str:
+        """The file with both of them."""
+        return os.path.join(self.directory, TOKENS)
 
     def url(self, host: str, port: int) -> str:
         """By which a client finds it, is let in, and knows that it is the one."""
+        return self._url(self.user, self.token, host, port)
+
+    def admin_url(self, host: str, port: int) -> str:
+        """The same for who takes GPUs back."""
+        return self._url(self.admin, self.admin_token, host, port)
+
+    def _url(self, user: str, token: str, host: str, port: int) -> str:
         shown = f"[{host}]" if ":" in host else host
-        return f"https://{self.user}:{self.token}@{shown}:{port}#{self.fingerprint}"
+        return f"https://{user}:{token}@{shown}:{port}#{self.fingerprint}"
 
 
 def fingerprint_of(path: str) -> str:
@@ -65,20 +80,26 @@ def fingerprint_of(path: str) -> str:
 
 def init(directory: Path, user: str) -> Secrets:
     """
-    Make *directory* with a token for *user* and a certificate that signs itself; all for this user's eyes only.
+    Make *directory* with a token for *user*, one for an admin, and a certificate that signs itself.
+
+    All of it is for the eyes of the one who runs this only. The token that clients get is no admin's: it goes to many
+    machines, and whoever has an admin's takes everybody's GPUs.
 
     Raises:
         ConfigError: some of it is there already, or cannot be made.
         MissingExtra: the library that makes certificates is not installed.
     """
     require_extra("server", "cryptography")
-    token = secrets.token_urlsafe(32)
+    # Of another system's names, such as DOMAIN\\user, what a server takes.
+    user = re.sub(r"[^A-Za-z0-9._@-]", "-", user)[:80] or "user"
+    admin = f"{user}-admin"
+    token, admin_token = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     key, cert = _certificate()
     made: list[Path] = []
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, body in (
-            (TOKENS, f"# USER TOKEN [admin]\n{user} {token} admin\n".encode()),
+            (TOKENS, f"# USER TOKEN [admin]\n{user} {token}\n{admin} {admin_token} admin\n".encode()),
             (KEY, key),
             (CERT, cert),
         ):
@@ -88,7 +109,7 @@ def init(directory: Path, user: str) -> Secrets:
             with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(descriptor, 0o600)  # whatever the umask says
                 file.write(body)
-        return Secrets(str(directory), user, token, fingerprint_of(str(directory / CERT)))
+        return Secrets(str(directory), user, token, admin, admin_token, fingerprint_of(str(directory / CERT)))
     except OSError as exc:
         for path in made:  # all or nothing
             with contextlib.suppress(OSError):
