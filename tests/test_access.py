@@ -463,3 +463,33 @@ def test_tokens_do_not_travel_in_the_open(tmp_path):
     assert done.returncode == 1
     assert "--init" in done.stderr
     assert "whoever can read the network's packets" in done.stderr.replace("\n", " ")
+
+
+def warnings_of(server) -> list[str]:
+    return [line for line in server.log.read_text().splitlines() if " WARNING " in line and "--insecure" in line]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_a_server_that_is_insecure_says_what_that_means(served, with_tokens):
+    """In one line of its log: with tokens, that they can be read and used; without, who reads what."""
+    server = served("--host", "0.0.0.0", "--insecure", environ=THREE if with_tokens else {})
+    (line,) = warnings_of(server)
+    assert "readable and changeable by whoever is on the way" in line
+    assert ("who reads one" in line) is with_tokens
+    assert ("anybody who reaches the port" in line) is not with_tokens
+    assert server.told["leases"] is with_tokens
+    for token in (ANN, BOB, ROOT):
+        assert token not in server.log.read_text()
+
+
+@pytest.mark.real
+def test_insecure_means_nothing_to_this_machine_alone_or_by_tls(served, tmp_path):
+    """Nobody is on the way on loopback, nor reads TLS: then there is nothing to say."""
+    server = served("--insecure", environ=THREE)
+    assert warnings_of(server) == []
+    setup.init(tmp_path / "secrets", "ann")
+    files = [f"--{name}={tmp_path}/secrets/{file}" for name, file in (("tls-cert", "cert.pem"), ("tls-key", "key.pem"))]
+    server = served("--host", "0.0.0.0", "--insecure", *files, environ=THREE)
+    assert server.url.startswith("https:")
+    assert warnings_of(server) == []

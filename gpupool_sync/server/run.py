@@ -229,6 +229,20 @@ def _check_access(options: Options, tokens: Tokens, sockets: Sequence[socket.soc
     return None
 
 
+def _what_insecure_means(options: Options, tokens: Tokens, sockets: Sequence[socket.socket]) -> str | None:
+    """What ``--insecure`` gives up here; None: nothing, as nobody is on the way or TLS is used all the same."""
+    if not options.insecure or options.tls_cert is not None or is_loopback(sockets):
+        return None
+    what = "--insecure: there is no TLS, and other machines can connect. "
+    way = "readable and changeable by whoever is on the way"
+    if tokens:
+        return (
+            f"{what}Tokens and everything else travel {way}: who reads one can use these GPUs in its user's name, and "
+            "with an admin's take them from everybody, until you revoke it; who changes answers can pose as this server"
+        )
+    return f"{what}Everything travels {way}; and as there are no tokens, anybody who reaches the port can read it all"
+
+
 def url_of(host: str, port: int, *, tls: bool = False) -> str:
     """The URL by which a client on the network, or here, reaches a server on *host*."""
     if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
@@ -394,6 +408,8 @@ def serve(reader: Reader, options: Options, announce: Callable[[Announcement], o
         if (why_not := _check_access(options, tokens, sockets)) is not None:
             logger.warning("this server grants no leases: %s", why_not)
             options = attrs.evolve(options, leases=False)
+        if (meaning := _what_insecure_means(options, tokens, sockets)) is not None:
+            logger.warning("%s", meaning)
         leases = _open_leases(sampler, options, port, ending, audit)
         front: App = make_front(sampler, config, leases)
         if tokens:
