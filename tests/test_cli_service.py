@@ -23,46 +23,124 @@ def printed(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
+#: Values with what systemd, cron, the shell, YAML and compose would read as theirs.
+ODD = [
+    '50% of "it" \\d',
+    "a 'b' \"c\" %h $HOME ${HOME} $$ %%",
+    "a\\%b",
+    "two\\\\",
+    "\\",
+    "# none: {of} [them], - ~",
+    "Büro \U0001f600",
+    "next\x85line \u2028 and \x7f",
+    "tab\there",
+    "",
+]
+
+
+def options_of(values) -> list[str]:
+    return [word for value in values for word in ("--name", value)]
+
+
+def systemd_words(unit: str) -> list[str]:
+    """The command that systemd makes of it."""
+    parsed = configparser.ConfigParser(interpolation=None)
+    parsed.optionxform = str
+    parsed.read_string(unit)
+    command = parsed["Service"]["ExecStart"]
+    assert not re.search(r"(?<!%)%(%%)*(?!%)", command), "a specifier"
+    quoted = re.findall(r'"((?:[^"\\]|\\.)*)"', command)
+    assert " ".join(f'"{word}"' for word in quoted) == command
+    words = [re.sub(r'\\(x[0-9a-f]{2}|[n"\\])', _unescaped, word) for word in quoted]
+    return [word.replace("%%", "%").replace("$$", "$") for word in words]
+
+
+def _unescaped(match) -> str:
+    return {"n": "\n"}.get(match[1]) or (chr(int(match[1][1:], 16)) if match[1][0] == "x" else match[1])
+
+
 def test_a_unit_of_systemd(capsys):
     """The command has the options that were given, whatever is in them; by default other machines are let in."""
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str
-    unit.read_string(printed(capsys, "--port", "8001", "--name", 'a "b" %h $HOME'))
-    command = unit["Service"]["ExecStart"]
-    words = shlex.split(command.replace("%%", "%").replace("$$", "$"))
-    assert words == [*SERVE, "--port", "8001", "--name", 'a "b" %h $HOME']
-    assert "%%h" in command
-    assert "$$HOME" in command
-    assert unit["Install"]["WantedBy"] == "default.target"
-    assert '"--host" "0.0.0.0"' in printed(capsys)
+    text = printed(capsys, "--port", "8001", *options_of([*ODD, "two\nlines"]))
+    assert systemd_words(text) == [*SERVE, "--port", "8001", *options_of([*ODD, "two\nlines"])]
+    assert "WantedBy=default.target" in text.splitlines()
+    assert systemd_words(printed(capsys)) == [*SERVE, "--host", "0.0.0.0"]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_takes_the_unit(capsys, tmp_path):
     """By its own judgement."""
     unit = tmp_path / "gpupool-sync.service"
-    unit.write_text(printed(capsys))
+    unit.write_text(printed(capsys, *options_of([*ODD, "two\nlines"])))
     command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert str(unit) not in done.stderr
+    assert unit.name not in done.stderr
 
 
-def test_a_line_for_cron(capsys):
-    """One line; a percent sign would end it."""
-    line = printed(capsys, "--format", "cron", "--name", "50% of it").splitlines()[-1]
+def cron_command(line: str, also: str) -> str:
+    """What a cron gives to the shell that takes the backslash away before a % and before *also*."""
+    command, escaped = "", False
+    for mark in line:
+        if escaped and mark in ("%", also):
+            command = command[:-1] + mark
+        else:
+            assert escaped or mark != "%", "the end of the command"
+            command += mark
+        escaped = mark == "\\" and not escaped
+    return command
+
+
+@pytest.mark.parametrize("also", ["\\", ""], ids=["vixie", "cronie"])
+def test_a_line_for_cron(capsys, also):
+    """One line; a percent sign would end it. Crons differ in what they make of two backslashes."""
+    line = printed(capsys, "--format", "cron", *options_of(ODD)).split("\n")[-2]
     assert line.startswith("@reboot ")
-    command = line.removeprefix("@reboot ").partition(" >> ")[0]
-    assert not re.search(r"(?<!\\)%", command)
-    assert shlex.split(command.replace(r"\%", "%")) == [*SERVE, "--name", "50% of it"]
+    command = cron_command(line.removeprefix("@reboot "), also).partition(" >> ")[0]
+    assert shlex.split(command) == [*SERVE, *options_of(ODD)]
+    words = subprocess.run(f"printf '%s\\0' {command}", shell=True, capture_output=True, check=True, timeout=60).stdout
+    assert words.decode().split("\0")[:-1] == [*SERVE, *options_of(ODD)]
+
+
+def test_a_line_for_cron_is_one_line(capsys):
+    """There is no way to have a line break in it."""
+    assert main(["service", "--format", "cron", "--name", "two\nlines"]) == 2
+    assert "line break" in capsys.readouterr().err
+
+
+def composed(node):
+    """What compose makes of what stands in its file: in every string $ is an escape."""
+    if isinstance(node, dict):
+        return {key: composed(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return list(map(composed, node))
+    if not isinstance(node, str):
+        return node
+    assert "$" not in node.replace("$$", ""), "a variable"
+    return node.replace("$$", "$")
+
+
+def compose_service(capsys, *arguments) -> dict:
+    """What a library of YAML reads."""
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load(printed(capsys, "--format", "compose", *arguments))["services"]["gpupool-sync"]
 
 
 def test_a_file_for_compose(capsys):
     """The lock directory is the host's own, at the same place."""
     text = printed(capsys, "--format", "compose")
     locks = default_directory()
-    assert f"      - {locks}:{locks}\n" in text
-    assert f"GPU_POOL_LOCK_DIR: {locks}" in text
+    assert f'      - "{locks}:{locks}"\n' in text
+    assert f'GPU_POOL_LOCK_DIR: "{locks}"' in text
     assert 'command: ["--host", "0.0.0.0"]' in text
+    # Without a library to read it with, too:
+    text = printed(capsys, "--format", "compose", "--name", '50% of "it" \\d $HOME')
+    assert r'command: ["--name", "50% of \"it\" \\d $$HOME"]' in text
+
+
+def test_the_command_for_compose(capsys):
+    """The options that were given, whatever is in them."""
+    options = options_of([*ODD, "two\nlines"])
+    assert composed(compose_service(capsys, *options)["command"]) == options
 
 
 @pytest.mark.checkout

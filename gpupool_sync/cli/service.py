@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import sys
 
 import click
-
-#: Marks of the environment that systemd, cron and compose would read as theirs.
-_ESCAPED = str.maketrans({"%": "%%", "$": "$$"})
 
 #: A server is for other machines, unless it is told otherwise.
 DEFAULT = ("--host", "0.0.0.0")  # noqa: S104
@@ -40,9 +39,31 @@ def _program() -> list[str]:
     return [sys.executable, "-m", "gpupool_sync", "serve"]
 
 
+def _systemd_word(word: str) -> str:
+    """Quoted, with its specifiers, variables and escapes doubled."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", word) + '"'
+
+
+def _cron_word(word: str) -> str:
+    """
+    Quoted for the shell, with a backslash before each percent sign, which cron takes away again.
+
+    Of two backslashes some crons take one away as well: so none stands before another, or before a percent sign of the
+    word, as between the two the quotes are closed and opened.
+    """
+    return re.sub(r"\\(?=[\\%])", r"\\''", shlex.quote(word)).replace("%", r"\%")
+
+
+def _compose_word(word: str) -> str:
+    """A scalar of YAML in double quotes, in which compose then reads ``$``."""
+    text = json.dumps(word.replace("$", "$$"), ensure_ascii=False)
+    # Of JSON's strings YAML takes all but these: it has no surrogates, and reads some of the others as line breaks.
+    return "".join(mark if mark.isprintable() else f"\\U{ord(mark):08x}" for mark in text)
+
+
 def _systemd(options: tuple[str, ...]) -> str:
-    words = (word.translate(_ESCAPED) for word in (*_program(), *options))
-    command = " ".join('"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words)
+    command = " ".join(map(_systemd_word, (*_program(), *options)))
     return f"""\
 # ~/.config/systemd/user/gpupool-sync.service; then
 #   systemctl --user daemon-reload && systemctl --user enable --now gpupool-sync
@@ -64,8 +85,9 @@ WantedBy=default.target
 
 
 def _cron(options: tuple[str, ...]) -> str:
-    # To cron a bare % is a new line.
-    command = shlex.join([*_program(), *options]).replace("%", r"\%")
+    if any("\n" in word for word in options):
+        raise click.UsageError("a line for cron can have no line break in it")
+    command = " ".join(map(_cron_word, (*_program(), *options)))
     return f"""\
 # One line for: crontab -e
 @reboot {command} >> "$HOME/gpupool-sync.log" 2>&1
@@ -75,8 +97,9 @@ def _cron(options: tuple[str, ...]) -> str:
 def _compose(options: tuple[str, ...]) -> str:
     from gpupool_sync.leases.host import default_directory
 
-    words = ", ".join('"' + word.translate(_ESCAPED).replace('"', '\\"') + '"' for word in options)
-    locks = default_directory().translate(_ESCAPED)
+    words = ", ".join(map(_compose_word, options))
+    locks = _compose_word(default_directory())
+    both = _compose_word(f"{default_directory()}:{default_directory()}")
     return f"""\
 # compose.yaml, beside the Dockerfile of the project; then: docker compose up -d
 # The directory of the locks is the host's: processes outside the container and the server exclude one another by it.
@@ -90,7 +113,7 @@ services:
     restart: unless-stopped
     user: "{os.getuid()}:{os.getgid()}"
     volumes:
-      - {locks}:{locks}
+      - {both}
       - ${{HOME}}/.config/gpupool-sync:/config/gpupool-sync:ro
     environment:
       XDG_CONFIG_HOME: /config
