@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from gpupool_sync.cli import main
+from gpupool_sync.leases import mounts
 from gpupool_sync.leases.host import default_directory
+from gpupool_sync.server import setup
 
 SERVE = [sys.executable, "-m", "gpupool_sync", "serve"]
 
@@ -126,15 +128,51 @@ def compose_service(capsys, *arguments) -> dict:
 
 
 def test_a_file_for_compose(capsys):
-    """The lock directory is the host's own, at the same place."""
+    """What it says without a library to read it with."""
     text = printed(capsys, "--format", "compose")
-    locks = default_directory()
-    assert f'      - "{locks}:{locks}"\n' in text
-    assert f'GPU_POOL_LOCK_DIR: "{locks}"' in text
+    assert f'GPU_POOL_LOCK_DIR: "{default_directory()}"' in text
     assert 'command: ["--host", "0.0.0.0"]' in text
-    # Without a library to read it with, too:
     text = printed(capsys, "--format", "compose", "--name", '50% of "it" \\d $HOME')
     assert r'command: ["--name", "50% of \"it\" \\d $$HOME"]' in text
+
+
+def test_compose_mounts_what_is_there_at_each_boot(capsys, monkeypatch, tmp_path):
+    """The place of the lock directory, in which the server makes it for all; Docker would make it for root alone."""
+    place = tmp_path / "a $place"
+    place.mkdir()
+    place.chmod(0o1777)
+    monkeypatch.setenv("GPU_POOL_LOCK_DIR", f"{place}/locks")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    found = composed(compose_service(capsys))
+    locks, secrets = found["volumes"]
+    assert locks["type"] == secrets["type"] == "bind"
+    assert locks["source"] == locks["target"] == str(place)
+    assert locks["bind"]["create_host_path"] is secrets["bind"]["create_host_path"] is False
+    assert not locks.get("read_only")
+    assert found["environment"]["GPU_POOL_LOCK_DIR"] == f"{place}/locks"
+    assert secrets["source"] == str(setup.default_directory())
+    assert secrets["target"] == f"{found['environment']['XDG_CONFIG_HOME']}/gpupool-sync"
+    assert secrets["read_only"] is True
+
+
+def test_compose_mounts_the_directory_itself_where_its_place_is_not_for_all(capsys, monkeypatch, tmp_path):
+    """The server could not make it there: what does it at each boot is said."""
+    monkeypatch.setenv("GPU_POOL_LOCK_DIR", f"{tmp_path}/my locks")
+    assert f'd "{tmp_path}/my locks" 1777 root root -' in printed(capsys, "--format", "compose")
+    locks, _ = composed(compose_service(capsys))["volumes"]
+    assert locks["source"] == locks["target"] == f"{tmp_path}/my locks"
+    assert locks["bind"] == {"create_host_path": False}
+
+
+@pytest.mark.parametrize(("how", "parent"), [("rprivate", True), ("rslave", True), (None, False)])
+def test_compose_mounts_as_a_server_knows_it_again(capsys, monkeypatch, tmp_path, how, parent):
+    """A tmpfs that is mounted whole must be a slave of the machine's, to be known from one of the container's own."""
+    tmp_path.chmod(0o1777)
+    monkeypatch.setenv("GPU_POOL_LOCK_DIR", f"{tmp_path}/locks")
+    monkeypatch.setattr(mounts, "bind_propagation", lambda fd, path: how)
+    locks, _ = composed(compose_service(capsys))["volumes"]
+    assert locks["source"] == (str(tmp_path) if parent else f"{tmp_path}/locks")
+    assert locks["bind"].get("propagation", "rprivate") == (how or "rprivate")
 
 
 def test_the_command_for_compose(capsys):

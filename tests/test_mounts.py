@@ -56,6 +56,9 @@ def fake(tmp_path):
         def why_private(self, path=LOCKS):
             return mounts.why_private(here, path, str(tmp_path), self.environ)
 
+        def bind_propagation(self, path):
+            return mounts.bind_propagation(here, path, str(tmp_path))
+
     yield Fake
     os.close(here)
 
@@ -127,6 +130,23 @@ def test_a_lock_directory_in_a_container(fake, line, words):
         assert words in found
         assert LOCKS in found
         assert "container" in found
+
+
+@pytest.mark.parametrize(
+    ("line", "how"),
+    [
+        ("99 20 0:26 / /run/lock rw,nosuid shared:9 - tmpfs tmpfs rw", "rslave"),
+        ("99 20 0:26 / /run/lock rw,nosuid master:9 - tmpfs tmpfs rw", "rslave"),
+        ("99 20 0:26 / /run/lock rw,nosuid - tmpfs tmpfs rw", None),  # Docker would refuse a slave of it
+        ("99 20 0:25 / /run rw,nosuid shared:5 - tmpfs tmpfs rw", "rprivate"),
+        (on_root(DISK), "rprivate"),
+        ("99 20 8:1 / /run/lock rw shared:5 - ext4 /dev/sda1 rw", "rprivate"),
+        ("77 20 0:60 / /else rw - tmpfs tmpfs rw", "rprivate"),
+    ],
+)
+def test_how_a_container_gets_the_directory_of_the_locks(fake, line, how):
+    """By the propagation that shows within, where nothing else does, that it is the machine's."""
+    assert fake(DISK, line).bind_propagation("/run/lock") == how
 
 
 def test_a_machine_has_no_private_locks(fake):
@@ -286,6 +306,60 @@ def test_a_real_root_of_its_own(contain, tmp_path):
     shared = json.loads(contain(sys.executable, "-c", ASK, str(locks), locks=locks).stdout)
     assert shared == {"scope": "host", "private": None, "id": outside.directory_id}
     outside.close()
+
+
+#: A machine with a tmpfs of its own below the lock directory, and what `service` makes of it. Its arguments: that
+#: directory, the tmpfs' propagation, where to work, the script that makes a container, and what to run in it.
+MACHINE = """
+import json, os, subprocess, sys
+import yaml
+parent, kind, here, container, *command = sys.argv[1:]
+locks = f"{parent}/gpupool_sync"
+subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "locks", parent], check=True)
+subprocess.run(["mount", f"--make-{kind}", parent], check=True)
+service = [sys.executable, "-m", "gpupool_sync", "service", "--format", "compose"]
+text = subprocess.run(
+    service, env={**os.environ, "GPU_POOL_LOCK_DIR": locks}, stdout=subprocess.PIPE, check=True, text=True
+).stdout
+volume = yaml.safe_load(text)["services"]["gpupool-sync"]["volumes"][0]
+assert volume["source"] == volume["target"]
+if volume["source"] == locks:
+    os.umask(0)
+    os.mkdir(locks, 0o1777)  # as tmpfiles.d does, as it says
+how = volume["bind"].get("propagation", "rprivate").removeprefix("r")
+start = ["unshare", "--mount", "--propagation", how, "sh", "-c", container, "sh", here, volume["source"]]
+done = subprocess.run([*start, *command, locks], stdout=subprocess.PIPE, text=True, check=True)
+found = os.stat(locks)
+print(json.dumps({
+    "mounted": os.path.relpath(volume["source"], parent),
+    "inside": json.loads(done.stdout),
+    "mode": oct(found.st_mode & 0o7777),
+    "id": f"{found.st_dev}:{found.st_ino}",
+}))
+"""
+
+
+@pytest.mark.real
+@pytest.mark.root_only
+@pytest.mark.parametrize(("kind", "mounted"), [("shared", "."), ("private", "gpupool_sync")])
+def test_a_file_for_compose_gives_a_container_the_locks(contain, tmp_path, kind, mounted):
+    """After a boot too, when nobody has made the directory yet: then the server does, for everybody."""
+    pytest.importorskip("yaml")
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-c", MACHINE, str(tmp_path / "lock"), kind, str(tmp_path / "here"), CONTAINER]
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", *command, sys.executable, "-c", ASK],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": PATH},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["inside"] == {"scope": "host", "private": None, "id": found["id"]}
+    assert (found["mounted"], found["mode"]) == (mounted, "0o1777")
 
 
 @pytest.mark.real

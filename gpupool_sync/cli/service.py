@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -96,30 +97,72 @@ def _cron(options: tuple[str, ...]) -> str:
 
 def _compose(options: tuple[str, ...]) -> str:
     from gpupool_sync.leases.host import default_directory
+    from gpupool_sync.server import setup
 
-    words = ", ".join(map(_compose_word, options))
-    locks = _compose_word(default_directory())
-    both = _compose_word(f"{default_directory()}:{default_directory()}")
+    locks = default_directory()
+    place, propagation, about = _place_of(locks)
+    source, secrets = _compose_word(place), _compose_word(str(setup.default_directory()))
+    bind = f"{{propagation: {propagation}, create_host_path: false}}" if propagation else "{create_host_path: false}"
     return f"""\
-# compose.yaml, beside the Dockerfile of the project; then: docker compose up -d
+# compose.yaml, beside the Dockerfile of the project; then: docker compose up -d    # of version 2
 # The directory of the locks is the host's: processes outside the container and the server exclude one another by it.
-# The secrets are those of: gpupool-sync serve --init
+{about}
+# The secrets are those of: gpupool-sync serve --init; without them leave their mount out, and no leases are granted.
 services:
   gpupool-sync:
     build: .
-    command: [{words}]
+    command: [{", ".join(map(_compose_word, options))}]
     network_mode: host
     pid: host
     restart: unless-stopped
     user: "{os.getuid()}:{os.getgid()}"
     volumes:
-      - {both}
-      - ${{HOME}}/.config/gpupool-sync:/config/gpupool-sync:ro
+      - type: bind
+        source: {source}
+        target: {source}
+        bind: {bind}
+      - type: bind
+        source: {secrets}
+        target: /config/gpupool-sync
+        read_only: true
+        bind: {{create_host_path: false}}
     environment:
       XDG_CONFIG_HOME: /config
-      GPU_POOL_LOCK_DIR: {locks}
+      GPU_POOL_LOCK_DIR: {_compose_word(locks)}
     deploy:
       resources:
         reservations:
           devices: [{{driver: nvidia, count: all, capabilities: [utility]}}]
 """
+
+
+def _place_of(locks: str) -> tuple[str, str | None, str]:
+    """
+    What to mount so that a container has the lock directory after each boot, too; how; and what to say of it.
+
+    Most are on a tmpfs and gone then, and Docker makes what is missing for root alone. So it is the directory above
+    where all may write: that one is there, and the server makes the other with the mode that all need.
+    """
+    from gpupool_sync.leases import mounts
+
+    above = os.path.dirname(locks)
+    with contextlib.suppress(OSError):
+        fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            is_for_all = os.fstat(fd).st_mode & 0o1002 == 0o1002
+            propagation = mounts.bind_propagation(fd, above) if is_for_all else None
+        finally:
+            os.close(fd)
+        if propagation is not None:
+            about = "# Mounted is the one above it: that is there at each boot, and the server makes the other for all."
+            if propagation == "rprivate":  # as Docker does it anyhow
+                return above, None, about
+            about += "\n# As a slave of the host's it is known from a tmpfs of the container's own."
+            return above, propagation, about
+    line = f"d {_systemd_word(locks).replace('$$', '$')} 1777 root root -"  # the quotes are the same, but no variables
+    return (
+        locks,
+        None,
+        "# It must be there before the container starts, or that fails. What makes it, now and at each boot, as root:\n"
+        f"#   printf '%s\\n' {shlex.quote(line)} > /etc/tmpfiles.d/gpupool-sync.conf && systemd-tmpfiles --create",
+    )

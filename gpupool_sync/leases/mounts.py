@@ -40,6 +40,12 @@ class Mount:
     source: str
     options: str  # of the file system
     is_slave: bool  # it follows the mounts of another mount namespace
+    is_shared: bool  # others may follow it
+
+    @property
+    def is_whole_tmpfs(self) -> bool:
+        """Whether somebody may have made it for this very place: of others only a part is mounted."""
+        return self.kind in ("tmpfs", "ramfs") and self.root == "/"
 
 
 def mount_of(fd: int, root: str = "/") -> Mount | None:
@@ -110,10 +116,21 @@ def why_private(fd: int, path: str, root: str = "/", environ: Mapping[str, str] 
         return f"{here} on a volume that was made for it"
     # A tmpfs that is mounted whole is mostly one that the runtime made (--tmpfs, /run, /dev/shm). The host's own is
     # a slave if it came with the tree above it, and nobody makes one for this very directory.
-    is_new = mount.kind in ("tmpfs", "ramfs") and mount.root == "/" and not mount.is_slave
+    is_new = mount.is_whole_tmpfs and not mount.is_slave
     if is_new and mount.point != os.path.realpath(path):
         return f"{here} on a {mount.kind} at {mount.point} that seems to be its own"
     return None
+
+
+def bind_propagation(fd: int, path: str, root: str = "/") -> str | None:
+    """
+    How a bind mount of the open directory *path* has to propagate, so that `why_private` takes what is in it for the
+    machine's within a container; None: in no way, as there is nobody to be a slave of.
+    """
+    mount = mount_of(fd, root)
+    if mount is None or not mount.is_whole_tmpfs or mount.point != os.path.realpath(path):
+        return "rprivate"
+    return "rslave" if mount.is_shared or mount.is_slave else None
 
 
 def _at(root: str, name: str) -> str:
@@ -139,6 +156,7 @@ def _mounts(root: str) -> list[Mount]:
                         source=_unescaped(fields[end + 2]) if len(fields) > end + 2 else "",
                         options=fields[end + 3] if len(fields) > end + 3 else "",
                         is_slave=any(field.startswith("master:") for field in fields[6:end]),
+                        is_shared=any(field.startswith("shared:") for field in fields[6:end]),
                     )
                 )
     return found
