@@ -80,7 +80,7 @@ class Waiting:
     place: float
     number: int
     hinted_at: float | None = None
-    #: Somebody who was not told of a card has taken one since the hint.
+    #: Since the hint somebody who was not told of a card has taken one, or has come to stand before this one.
     passed_by: bool = False
 
     @property
@@ -334,8 +334,8 @@ class Histories(RuleBasedStateMachine):
             if other.order < order and other.ready(now)
         ]
         if told and claim.count == 1 and claim.share is None:
-            # It takes what it was told of, in that second, without a look at the queue: an older one whose card was
-            # taken by somebody who came to stand before both is not seen.
+            # It takes what it was told of, in that second, without a look at the queue: who came to stand before it is
+            # not seen, nor is an older one whose card such a one has taken.
             older = []
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
@@ -348,6 +348,8 @@ class Histories(RuleBasedStateMachine):
             if ticket is None:
                 place = now - claim.waited
                 self.waiting[claim.id] = Waiting(claim, store, place, place, self.number)
+            for other in self.waiting.values():
+                other.passed_by = other.passed_by or (other.hinted_at is not None and order < other.order)
             assert 0 <= outcome.position < len(self.waiting)
         else:
             assert isinstance(outcome, Refused)
