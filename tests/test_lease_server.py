@@ -514,6 +514,29 @@ def test_the_ticket_of_a_silent_holder_is_withdrawn(url, clock, stores):
     assert store.claim(silent) == Queued(1)
 
 
+def test_holders_who_fall_silent_together_are_withdrawn_together(url, clock, stores, monkeypatch):
+    """Who stands behind them is told when all are gone, once: a thousand looks at a thousand tickets take long."""
+    store = stores(url, clock)
+    store.claim(claim("a"))
+    for number in range(20):
+        store.claim(claim("a", who=f"silent-{number}", queue=True))
+    patient = claim("a", who="patient", queue=True)
+    store.claim(patient)
+    locks = api_now().granter.store
+    told, pass_on = [], locks.pass_on
+
+    def noted():
+        told.append([ticket.holder.name for ticket in locks.queue()])
+        pass_on()
+
+    monkeypatch.setattr(locks, "pass_on", noted)
+    clock.advance(4.0)
+    ask(url, "POST", "/v1/wait", {"holder": patient.holder.id, "timeout": 0})
+    clock.advance(1.1)
+    eventually(lambda: told, message="their tickets are withdrawn")
+    assert told == [["patient"]]
+
+
 def test_a_waiter_that_vanishes_is_noticed(url, clock, stores):
     """Its connection ends, its long poll with it, and its ticket five seconds later."""
     store = stores(url, clock)

@@ -1481,11 +1481,21 @@ class HostStore:
         """Of the lock directory itself: two processes of one machine exclude each other if theirs are the same."""
         return self._directory.id
 
-    def drop_ticket(self, claim_id: str) -> None:
-        """Leave the queue without ending the id: a later claim of it is served."""
-        if claim_id in self._tickets:
-            self._drop_ticket(claim_id)
-            self._pass_on()
+    def drop_ticket(self, claim_id: str) -> bool:
+        """
+        Leave the queue without ending the id: a later claim of it is served.
+
+        Returns:
+            Whether there was such a ticket.  Then `pass_on` tells those who stood behind it: once for all that are
+            dropped, as it reads the queue.
+        """
+        there = claim_id in self._tickets
+        self._drop_ticket(claim_id)
+        return there
+
+    def pass_on(self) -> None:
+        """Tell whoever is next for what is free, after tickets were dropped."""
+        self._pass_on()
 
     def retake(self, lease: Lease, rooms: Sequence[float | None], until: float) -> bool:
         """After the server's restart: lock the cards of *lease* again; False if it was released, or one is taken."""

@@ -385,18 +385,24 @@ class Granter:
                 ", ".join(remote.lease.cards),
                 remote.ttl,
             )
-        for claim_id in silent:
-            # Not remembered as ended: who was cut off for a while may come again with the same claim.
-            with self._stripe(claim_id):
-                self._drop_ticket(claim_id)
+        dropped = False
+        try:
+            for claim_id in silent:
+                # Not remembered as ended: who was cut off for a while may come again with the same claim.
+                with self._stripe(claim_id):
+                    dropped |= self._drop_ticket(claim_id)
+        finally:
+            # Once for all: for each of a thousand that vanish together it would read what is left of the thousand.
+            if dropped:
+                self.store.pass_on()
         if late:
             self._less()
 
-    def _drop_ticket(self, claim_id: str) -> None:
+    def _drop_ticket(self, claim_id: str) -> bool:
         with self._lock:
             if claim_id in self._tickets or claim_id in self._leases:  # it has come again meanwhile
-                return
-        self.store.drop_ticket(claim_id)
+                return False
+        return self.store.drop_ticket(claim_id)
 
     # -- who was heard of --------------------------------------------------------------------------------------
 
