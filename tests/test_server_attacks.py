@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import resource
+import select
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 
@@ -210,36 +213,71 @@ def claim(number: int, *cards: str) -> dict:
     }
 
 
+def begin_wait(connection: http.client.HTTPConnection, number: int) -> None:
+    """Ask for a long poll of the holder of claim *number*; its answer is left to come."""
+    document = json.dumps({"holder": f"holder-{number}", "timeout": 25})
+    connection.request("POST", "/v1/wait", document, {"Content-Type": "application/json"})
+
+
+def long_polls(server: Victim) -> int:
+    """Those that are under way in the server."""
+    metrics = server.get("/metrics")[1].decode()
+    return int(float(re.search(r"^\S*long_polls (\S+)$", metrics, re.MULTILINE)[1]))
+
+
 def test_a_thousand_waiters_that_vanish(descriptors):
     """Nothing is left of them: no place in the queue, no connection, no thread; whoever waits behind is served."""
+    waiters = 1000
     with victim() as server:
         cards = [gpu["uuid"] for gpu in json.loads(server.get("/gpu/summary")[1])["gpus_summary"]]
         for number, card in enumerate(cards):
-            assert server.post("/v1/leases", claim(number, card))[0] == 200
+            assert server.post("/v1/leases", {**claim(number, card), "ttl": 300})[0] == 200
         before, rss = server.holds(), server.process.memory_info().rss
-        connections = []
+        connections: list[http.client.HTTPConnection] = []
+
+        def wait_on() -> None:
+            """As their clients would: whose long poll was answered on a slow machine begins the next one."""
+            poll = select.poll()
+            for connection in connections:
+                poll.register(connection.sock, select.POLLIN)
+            answered = {descriptor for descriptor, _ in poll.poll(0)}
+            for number, connection in enumerate(connections):
+                if connection.sock.fileno() in answered:
+                    answer = connection.getresponse()
+                    assert (answer.status, json.loads(answer.read())) == (200, {"hints": []})
+                    begin_wait(connection, 100 + number)
+
         try:
-            for number in range(1000):
+            for number in range(100, 100 + waiters):
                 connection = http.client.HTTPConnection(*server.address, timeout=60)
+                body = json.dumps(claim(number, *cards))
+                connection.request("POST", "/v1/leases", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                assert (answer.status, answer.read()[:1]) == (202, b"{")
                 connections.append(connection)
-                if number % 10 == 0:
-                    assert server.post("/v1/leases", claim(100 + number, *cards))[0] == 202
-                connection.request(
-                    "POST",
-                    "/v1/wait",
-                    json.dumps({"holder": f"holder-{100 + number}", "timeout": 25}),
-                    {"Content-Type": "application/json"},
-                )
+                begin_wait(connection, number)
+                if number % 20 == 0:
+                    wait_on()
+
+            def all_wait() -> bool:
+                wait_on()
+                return long_polls(server) == waiters
+
+            eventually(all_wait, 60.0, lambda: f"all of them wait, not {long_polls(server)}", tick=0.1)
+            assert len(json.loads(server.get("/v1/queue")[1])["queue"]) == waiters
             assert server.healthy()
             assert server.holds()[1] <= before[1] + 4
         finally:
-            for connection in connections:
+            for number, connection in enumerate(connections):
+                if number % 2:  # these go by RST, the others by FIN
+                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 connection.close()
 
         def gone() -> bool:
             queue = json.loads(server.get("/v1/queue")[1])["queue"]
             fds, threads = server.holds()
-            return not queue and fds <= before[0] + 4 and threads <= before[1] + 4
+            polls = long_polls(server)
+            return not queue and not polls and fds <= before[0] + 4 and threads <= before[1] + 4
 
         eventually(gone, 60.0, lambda: f"nothing is left of them: {server.holds()} after {before}", tick=0.2)
         assert server.process.memory_info().rss < rss + GROWTH
