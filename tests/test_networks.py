@@ -341,6 +341,132 @@ def test_clients_end_in_time_though_nobody_answers(tmp_path):
         world.judge(begin)
 
 
+# -- a client that goes without a word ---------------------------------------------------------------------------------
+
+#: Seconds that half a request, an idle connection and a long poll last in that server: enough to open and to cut them.
+LASTS = 10.0
+
+SERVE_IMPATIENTLY = f"""
+import sys
+from gpupool_sync.server import connections
+connections.REQUEST_TIME = connections.KEEP_ALIVE = {LASTS}
+connections._LAST_WORD = 1.0
+from gpupool_sync.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Asker:
+    """A `network_connections.py` on one of the hosts."""
+
+    def __init__(self, program: subprocess.Popen) -> None:
+        self.program = program
+
+    def __call__(self, *order):
+        self.program.stdin.write(json.dumps(order).encode() + b"\n")
+        answer = self.program.stdout.readline()
+        assert answer, f"{order} was not obeyed"
+        return json.loads(answer)
+
+
+def socket_count(process: subprocess.Popen) -> int:
+    """Sockets that a process has open, of whatever kind."""
+    found = 0
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += os.readlink(descriptor).startswith("socket:")
+    return found
+
+
+def connections_in(host, *states: str) -> int:
+    """Connections of a host that are in one of these states, by the names that Linux gives them there."""
+    lines = Path(f"/proc/{host.pid}/net/tcp").read_text().splitlines()[1:]
+    return sum(line.split()[3] in states for line in lines)
+
+
+ESTABLISHED, FIN_WAIT_1, CLOSE_WAIT = "01", "04", "08"
+
+
+def test_a_client_that_goes_without_a_word_keeps_nothing(tmp_path):
+    """No FIN and no RST of it arrives: connections and tickets end by the server's clock, and others are answered."""
+    fault = FAULTS[0]
+    if why := why_not(fault):
+        pytest.skip(why)
+    token = "the-token-of-ann-is-long"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("GPU_")},
+        "GPU_SERVER_TOKENS": f"ann:{token}",
+        "XDG_CONFIG_HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    }
+    with contextlib.ExitStack() as ending:
+        network = ending.enter_context(Network("gone", "other", "server"))
+
+        def start(host, *command: str) -> subprocess.Popen:
+            with open(tmp_path / "stderr", "ab") as errors:
+                program = subprocess.Popen(
+                    network[host].command(sys.executable, *command),
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    bufsize=0,
+                )
+            ending.callback(program.stdout.close)
+            ending.callback(program.stdin.close)
+            ending.callback(program.wait, 10.0)
+            ending.callback(program.kill)
+            return program
+
+        options = ["--host", "0.0.0.0", "--insecure", "--simulate", "2", "--json", "--log-level", "warning"]
+        server = start("server", "-c", SERVE_IMPATIENTLY, "serve", *options)
+        assert server.stdout.read(1), (tmp_path / "stderr").read_text()  # it listens from then on
+        url = f"http://{network['server'].address}:8000"
+        gone, other = (
+            Asker(start(host, str(HERE / "network_connections.py"), url, token)) for host in ("gone", "other")
+        )
+        cards = [gpu["uuid"] for gpu in other("ask", "GET", "/gpu/summary")[1]["gpus_summary"]]
+
+        def claim(name: str, *wanted: str) -> dict:
+            holder = {"id": f"holder-{name}", "user": "u", "host": "h", "pid": 1}
+            keys = [{"key": key} for key in wanted]
+            return {"id": f"id-{name}", "holder": holder, "cards": keys, "ttl": 300, "queue": True}
+
+        for number, card in enumerate(cards):
+            assert other("ask", "POST", "/v1/leases", claim(f"other-{number}", card))[0] == 200
+        # What a server opens for its first ticket stays open.
+        assert other("ask", "POST", "/v1/leases", claim("first", *cards))[0] == 202
+        assert other("ask", "POST", "/v1/leases/withdraw", {"ids": ["id-first"]})[0] == 200
+
+        eventually(
+            lambda: not connections_in(network["server"], ESTABLISHED, CLOSE_WAIT),
+            PATIENCE,
+            "the server has closed what was asked so far",
+        )
+        before = socket_count(server)
+        opened = gone("open", 10, [claim(f"gone-{number}", *cards) for number in range(10)], LASTS)
+        eventually(lambda: socket_count(server) >= before + opened, PATIENCE, "the server has them", tick=0.02)
+        assert len(other("ask", "GET", "/v1/queue")[1]["queue"]) == 10
+        fault.begin(network["gone"])
+        gone.program.kill()
+        gone.program.wait(10.0)
+        # It has said farewell to each of them, which nobody has heard.
+        assert connections_in(network["gone"], FIN_WAIT_1) == opened
+        assert socket_count(server) >= before + opened
+
+        def forgotten() -> bool:
+            status, health = other("ask", "GET", "/health")
+            assert (status, health["status"]) == (200, "healthy")
+            return socket_count(server) <= before and not other("ask", "GET", "/v1/queue")[1]["queue"]
+
+        eventually(forgotten, 90.0, lambda: f"{socket_count(server)} sockets after {before}", tick=0.1)
+        assert other("ask", "POST", "/v1/leases/release", {"ids": ["id-other-0"]})[0] == 200
+        status, lease = other("ask", "POST", "/v1/leases", claim("next", *cards))
+        assert (status, lease["cards"]) == (200, cards[:1])
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
 def test_nothing_is_left_behind():
     """Also if its user fails."""
 
