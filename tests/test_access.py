@@ -426,6 +426,53 @@ def test_a_token_renews_and_releases_its_own_leases_only(served):
     assert ids["ids"][0] not in server.log.read_text()
 
 
+@pytest.mark.real
+def test_a_running_server_lets_in_whom_the_file_names_now(served, tokens_file):
+    """A token that is taken out renews and releases nothing any more, on old connections either; put back, it does."""
+    ann, bob = f"ann {ANN}\n", f"bob {BOB}\n"
+    path = tokens_file(ann + bob)
+    server = served("--host", "0.0.0.0", "--insecure", "--tokens", path, "--log-level", "error")
+    cards = [gpu["uuid"] for gpu in server.ask(BOB, "GET", "/gpu/summary").json()["gpus_summary"]]
+    with requests.Session() as kept:
+
+        def ask_as_ann(path, document=None):
+            method, headers = "GET" if document is None else "POST", {"Authorization": f"Bearer {ANN}"}
+            return kept.request(method, server.url + path, json=document, headers=headers, timeout=30)
+
+        mine, theirs = claim(cards[0], 1, ttl=300.0), claim(cards[1], 2, ttl=300.0)
+        assert ask_as_ann("/v1/leases", mine).status_code == 200
+        assert server.ask(BOB, "POST", "/v1/leases", theirs).status_code == 200
+        mine, theirs = {"ids": [mine["id"]]}, {"ids": [theirs["id"]]}
+        assert ask_as_ann("/v1/leases/renew", mine).json()["alive"] == [True]
+
+        tokens_file(bob)
+        eventually(lambda: ask_as_ann("/v1/leases/renew", mine).status_code == 401, message="the token is revoked")
+        waiting = {"holder": "holder-of-1", "timeout": 0}
+        for path, document in (
+            ("/gpu/summary", None),
+            ("/v1/leases", None),
+            ("/v1/leases", claim(cards[0], 3)),
+            ("/v1/leases/renew", mine),
+            ("/v1/leases/withdraw", mine),
+            ("/v1/leases/release", mine),
+            ("/v1/wait", waiting),
+        ):
+            assert ask_as_ann(path, document).status_code == 401
+        assert server.ask(BOB, "POST", "/v1/leases/renew", theirs).json()["alive"] == [True]
+        # What the token has taken is kept until its ttl ends: there may be a job on it.
+        leases = server.ask(BOB, "GET", "/v1/leases").json()["leases"]
+        assert sorted(lease["holder"]["user"] for lease in leases) == ["ann", "bob"]
+
+        tokens_file(bob + ann)
+        eventually(lambda: ask_as_ann("/gpu/summary").status_code == 200, message="the token is given again")
+        assert ask_as_ann("/v1/leases/renew", mine).json()["alive"] == [True]
+        assert ask_as_ann("/v1/leases/release", mine).status_code == 200
+        leases = server.ask(BOB, "GET", "/v1/leases").json()["leases"]
+        assert [lease["holder"]["user"] for lease in leases] == ["bob"]
+    assert server.audit("denied")
+    assert ANN not in server.log.read_text()
+
+
 PLACES = ("/", "/gpu/summary", "/gpu/stats", "/config", "/metrics", "/docs", "/openapi.json", "/nothing")
 
 
