@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
-from gpupool_sync import AcquireTimeout, Endpoint, GPUPool
+from gpupool_sync import AcquireTimeout, Endpoint, GPUPool, keeper
 from gpupool_sync.cli.status import render, summary
+from gpupool_sync.clock import boottime
+from gpupool_sync.keeper import GIVE_UP
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.outage import LEAST_ENDPOINTS, TEXT, Outages
 from gpupool_sync.testing import FakeFleet
@@ -182,6 +186,72 @@ def test_a_pool_tells_it_once_goes_on_and_recovers_by_itself(fleet, pool, caplog
     assert "of 4 endpoints became unreachable within" in messages[0]
     assert "reachable again" in messages[1]
     pool.release(held)
+
+
+TTL = 60.0
+VANISH = {"killed": lambda server: server.kill(), "frozen": lambda server: server.freeze()}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("how", VANISH)
+def test_a_lease_outlives_an_outage_that_hits_its_arbiter(fleet, caplog, monkeypatch, how):
+    """Where endpoints grant the leases: renewals fail for less than the ttl, then the lease is renewed again."""
+    # Many renewals, and yet a ttl that a slow machine does not use up.
+    monkeypatch.setattr(keeper, "RENEW", 0.02)
+    caplog.set_level(logging.INFO)
+    named = [Endpoint(server.url, name=server.name) for server in fleet]
+    options = {"poll_interval": 0.05, "health_check_interval": 0.2, "endpoint_timeout": 4.0, "breaker_failures": 2}
+
+    def leases_of(server):
+        return requests.get(f"{server.url}/v1/leases", timeout=30).json()["leases"]
+
+    with GPUPool(named, ttl=TTL, **options) as pool, ThreadPoolExecutor(1) as apart:
+        pool.open(wait=True)
+        eventually(lambda: pool.status().healthy_endpoints == 4)
+        # Looked at from inside while servers are frozen: status() asks each of them, and waits for its answer.
+        state = pool._state
+        held = pool.acquire(timeout=20, endpoint="north")
+        good_until = held._tie.grant.good_until
+        first = good_until()
+        eventually(lambda: good_until() > first, message="it is renewed")
+        for server in fleet[:3]:
+            VANISH[how](server)
+        gone = boottime()
+        eventually(lambda: state.outages.text == TEXT, message="it is an outage")
+        eventually(lambda: "leases could not be renewed" in caplog.text, message="a renewal has failed")
+        polled = state.engine.endpoints.values()
+        eventually(lambda: [each.numbers().breaker for each in polled].count("closed") == 1)
+        assert not held.lost
+        held.check()
+        with pool.gpu(timeout=20) as gpu:
+            assert gpu.endpoint_id == "west"
+            with pytest.raises(AcquireTimeout, match="this machine's own network"):
+                pool.acquire(timeout=0)
+            waiting = apart.submit(pool.acquire, timeout=90)
+            eventually(lambda: len(state.waiting) == 1, message="somebody waits meanwhile")
+            assert good_until() < gone + GIVE_UP * TTL, "nothing has renewed it"
+            held.check()
+            for server in fleet[:3]:
+                server.heal()
+            back = boottime()
+            later = waiting.result(100)
+            assert later.endpoint_id in ("east", "south")
+        eventually(lambda: pool.status().healthy_endpoints == 4, message="they are found again")
+        eventually(lambda: good_until() >= back + GIVE_UP * TTL, message="the lease is renewed again")
+        held.check()
+        (lease,) = leases_of(fleet[0])
+        assert lease["token"] == held.fencing_token
+        assert pool.status().hint is None
+        levels, messages = zip(*told(caplog), strict=True)
+        assert levels == ("WARNING", "INFO")
+        assert "of 4 endpoints became unreachable within" in messages[0]
+        assert "reachable again" in messages[1]
+        token = held.fencing_token
+        pool.release(later)
+        pool.release(held)
+        assert leases_of(fleet[0]) == []
+        with pool.gpu(timeout=20, endpoint="north") as again:
+            assert again.fencing_token > token
 
 
 @pytest.mark.real
