@@ -6,6 +6,7 @@ test_deleted_locks.py.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -18,10 +19,14 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 
 import psutil
 import pytest
 
+from attacked import victim
 from cards import Cards, local_pool
 from gpupool_sync import AcquireTimeout, GPUPool, GPUPoolError, LeaseStoreError
 from gpupool_sync.leases.base import Claim, Granted, Holder, Wanted
@@ -236,6 +241,8 @@ def test_a_record_that_there_is_no_memory_for_keeps_no_card(monkeypatch, tmp_pat
 # -- clocks -------------------------------------------------------------------------------------------------------
 
 FAKETIME = shutil.which("faketime")
+#: Seconds by which a machine with too much to do may be late with the end of a lease. It bounds hangs.
+LATE = 40.0
 JUMPS = {"a day ahead": 86400.0, "a day back": -86400.0}
 
 
@@ -299,6 +306,98 @@ def test_processes_of_different_dates_share_a_host(tmp_path, offset):
     assert second.lease.token > told["token"]
     store.release(["id-1", "id-3"])
     store.close()
+
+
+class FakedDate:
+    """The date of processes with `environ`, and of nobody else: each of their looks at it reads a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.step("+0d")
+        told = subprocess.run(
+            [FAKETIME, "-m", "-f", "+0d", "printenv", "LD_PRELOAD"], capture_output=True, text=True, timeout=30
+        )
+        self.environ = {
+            "LD_PRELOAD": told.stdout.strip(),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_NO_CACHE": "1",
+            # Setting the date moves neither the other clocks nor the times of files.
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+    def step(self, offset: str) -> None:
+        """From now on it is *offset* from the true date."""
+        fresh = self._file.with_suffix(".fresh")
+        fresh.write_text(offset)
+        fresh.replace(self._file)  # at once: it is never read half written
+
+
+@pytest.mark.real
+@pytest.mark.external_service
+@pytest.mark.skipif(FAKETIME is None, reason="faketime is not installed")
+def test_a_servers_date_that_is_set_ends_no_lease_and_prolongs_none(monkeypatch, tmp_path):
+    """A day ahead, then two days back: what is held stays so and ends by its ttl, who waits waits, tokens grow."""
+    ttl = 12.0  # what is done between two renewals takes a second or two
+    date = FakedDate(tmp_path / "date")
+    with contextlib.ExitStack() as ending:
+        with monkeypatch.context() as patch:
+            for name, value in date.environ.items():
+                patch.setenv(name, value)
+            server = ending.enter_context(victim())
+        cards = [gpu["uuid"] for gpu in json.loads(server.get("/gpu/summary")[1])["gpus_summary"]]
+
+        def ask(number: int, card: str) -> dict:
+            holder = {"id": f"holder-{number}", "user": "u", "host": "h", "pid": 1}
+            return {"id": f"id-{number}", "holder": holder, "cards": [{"key": card}], "ttl": ttl, "queue": False}
+
+        def ahead() -> float:
+            """Seconds by which the server's date is ahead of the true one."""
+            told = json.loads(server.get("/gpu/summary")[1])["timestamp"]
+            return datetime.fromisoformat(told).timestamp() - time.time()
+
+        def renew() -> tuple[float, float]:
+            """The instants between which the server has begun the ttl anew."""
+            sent = time.monotonic()
+            assert server.post("/v1/leases/renew", {"ids": ["id-0"]}) == (200, {"alive": [True], "why": [None]})
+            return sent, time.monotonic()
+
+        status, held = server.post("/v1/leases", ask(0, cards[0]))
+        assert (status, held["cards"]) == (200, cards[:1])
+        pool = ending.enter_context(GPUPool(server.url, poll_interval=0.2))
+        apart = ending.enter_context(ThreadPoolExecutor(1))
+        waiting = apart.submit(pool.acquire, timeout=120, uuid=cards[0])
+        tokens = []
+        for number, (offset, seconds) in enumerate({"+0d": 0.0, "+1d": 86400.0, "-1d": -86400.0}.items(), 1):
+            renewed = renew()
+            date.step(offset)
+            eventually(
+                lambda seconds=seconds: abs(ahead() - seconds) < 7200.0,
+                message=lambda: f"the server lives {ahead():.0f} s ahead",
+            )
+            (lease,) = json.loads(server.get("/v1/leases")[1])["leases"]
+            assert lease["token"] == held["token"]
+            assert 0.0 <= lease["expires_in"] <= ttl
+            assert 0.0 <= lease["since"] < 150.0
+            eventually(lambda: json.loads(server.get("/v1/queue")[1])["queue"], message="somebody waits")
+            (ticket,) = json.loads(server.get("/v1/queue")[1])["queue"]
+            assert 0.0 <= ticket["waited"] < 150.0
+            status, other = server.post("/v1/leases", ask(number, cards[1]))
+            assert status == 200
+            # Made of the date, but for those that would be smaller than the last one.
+            tokens.append(other["token"])
+            assert server.post("/v1/leases/release", {"ids": [f"id-{number}"]})[0] == 200
+            assert not waiting.done()
+        assert tokens == sorted(set(tokens))
+        # Not renewed since the last step, which was back by two days.
+        gpu = waiting.result()
+        granted_at = time.monotonic()
+        assert renewed[0] + ttl <= granted_at
+        assert granted_at < renewed[1] + ttl + LATE
+        assert gpu.fencing_token > held["token"]
+        assert server.post("/v1/leases/renew", {"ids": ["id-0"]}) == (200, {"alive": [False], "why": [None]})
+        pool.release(gpu)
 
 
 # -- a process that stands still -----------------------------------------------------------------------------------
