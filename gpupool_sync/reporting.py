@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import datetime
 import logging
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpupool_sync.choosing import Obstacle
 from gpupool_sync.clock import boottime
 from gpupool_sync.counting import summary
 from gpupool_sync.errors import GPUPoolError, LeaseStoreError, NoSuchGPU
-from gpupool_sync.leases.base import LeaseInfo, LeaseStore
+from gpupool_sync.leases.base import LeaseInfo, LeaseStore, TicketInfo
 from gpupool_sync.leases.shared import CLOSED
 from gpupool_sync.looking import error_of, judged, room_of, screened_for, unknown_names, why_unusable
 from gpupool_sync.models import DEFAULT_REQUEST, Card, GPURequest, Reason, Snapshot
+from gpupool_sync.starting import start
 from gpupool_sync.state import Engine, PoolState, all_grants
 
 if TYPE_CHECKING:
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
     from gpupool_sync.status import Explanation, LeasesStatus, LeaseStatus, MachineInfo, Status
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Arbiters that are asked at the same time.
+MAX_AT_ONCE = 32
 
 
 def explain(state: PoolState, request: GPURequest) -> Explanation:
@@ -126,12 +134,56 @@ def _in_words(obstacle: Obstacle, store: LeaseStore, card: Card) -> Reason:
 
 def refresh_known(engine: Engine) -> None:
     """Ask the arbiters of other machines who holds what, for displays; who does not answer is left out."""
-    for store in {id(each): each for each in (engine.arbiter, *engine.servers.values())}.values():
-        if store.scope == "everybody":
+    stores = {id(each): each for each in (engine.arbiter, *engine.servers.values()) if each.scope == "everybody"}
+
+    def ask(store: LeaseStore) -> None:
+        try:
+            store.leases()
+        except LeaseStoreError as exc:
+            logger.info("%s does not tell its leases: %s", store.description, exc)
+
+    _ask_all(ask, list(stores.values()))
+
+
+def _ask_all(ask: Callable[[LeaseStore], T], stores: Sequence[LeaseStore]) -> list[T]:
+    """
+    What *ask* returns for each of them, in their order.  They are asked at the same time.
+
+    One after the other, each that hangs would take its `endpoint_timeout`: in an outage, when people want to know.
+    """
+    left = deque(range(len(stores)))
+    answers: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        while True:
             try:
-                store.leases()
-            except LeaseStoreError as exc:
-                logger.info("%s does not tell its leases: %s", store.description, exc)
+                number = left.popleft()
+            except IndexError:
+                return
+            try:
+                answers[number] = ask(stores[number])
+            except Exception as exc:
+                failures.append(exc)
+                return
+
+    threads = []
+    try:
+        for _ in range(min(len(stores), MAX_AT_ONCE) - 1):
+            thread = threading.Thread(target=work, name="gpupool-ask", daemon=True)
+            try:
+                start(thread)
+            except RuntimeError:  # no thread to be had: those that there are do it
+                break
+            threads.append(thread)
+        work()
+        for thread in threads:
+            thread.join()
+    finally:
+        left.clear()  # after Ctrl-C nobody wants to know the rest
+    if failures:
+        raise failures.pop()
+    return [answers[number] for number in range(len(stores))]
 
 
 def _holders(store: LeaseStore, key: str) -> Sequence[LeaseInfo]:
@@ -277,23 +329,30 @@ def leases(state: PoolState, engine: Engine) -> LeasesStatus:
     queue: list[TicketStatus] = []
     problems: list[str] = []
     stores = _stores_of(engine)
-    for store in stores:
+
+    def ask(store: LeaseStore) -> tuple[Sequence[LeaseInfo], Sequence[TicketInfo], str | None]:
+        infos: Sequence[LeaseInfo] = ()
         try:
-            leases += [_lease_status(state, store, info, names) for info in store.leases()]
-            queue += [
-                TicketStatus(
-                    position=info.position,
-                    holder=str(info.holder),
-                    waited=info.waited,
-                    wants=f"{info.count} of {len(info.cards)} GPUs"
-                    + (f", {info.share}" if info.share is not None else ""),
-                    note=info.note,
-                    arbiter=store.description,
-                )
-                for info in store.queue()
-            ]
+            infos = store.leases()
+            return infos, store.queue(), None
         except LeaseStoreError as exc:
-            problems.append(f"{store.description}: {exc}")
+            return infos, (), f"{store.description}: {exc}"
+
+    for store, (infos, tickets, problem) in zip(stores, _ask_all(ask, stores), strict=True):
+        leases += [_lease_status(state, store, info, names) for info in infos]
+        queue += [
+            TicketStatus(
+                position=info.position,
+                holder=str(info.holder),
+                waited=info.waited,
+                wants=f"{info.count} of {len(info.cards)} GPUs" + (f", {info.share}" if info.share is not None else ""),
+                note=info.note,
+                arbiter=store.description,
+            )
+            for info in tickets
+        ]
+        if problem is not None:
+            problems.append(problem)
     return LeasesStatus(leases, queue, sorted({store.scope for store in stores}), problems)
 
 

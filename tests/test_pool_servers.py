@@ -9,6 +9,8 @@ import threading
 import pytest
 
 from gpupool_sync import AcquireTimeout, ConfigError, Endpoint, GPUPool, NoSuchGPU, handle
+from gpupool_sync.errors import LeaseStoreError
+from gpupool_sync.leases.http import HTTPStore
 from gpupool_sync.leases.memory import MemoryStore
 from gpupool_sync.testing import FakeFleet
 from helpers import HoldLog, eventually, run_threads
@@ -216,6 +218,51 @@ def test_one_of_three_fails_and_comes_back(fleet, fault):
         back = [pool.acquire(timeout=20) for _ in range(4)]
         assert {gpu.endpoint_id for gpu in back} == {"alpha"}
         assert pool.status().total_gpus == 7
+
+
+LOOKS = {
+    "status": lambda pool: pool.status().total_gpus == 7,
+    "explain": lambda pool: len(pool.explain().cards) == 7,
+    "leases": lambda pool: len(pool.leases().problems) == 1,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_servers_that_hang_are_asked_for_their_leases_at_the_same_time(fleet, monkeypatch, look):
+    """Each answers when all have been asked: one after the other nobody would. One of them fails, and is left out."""
+    with make_pool(fleet, lease_store=None) as pool:
+        pool.open(wait=True)
+        asked = threading.Barrier(3)
+        alpha = pool._state.engine.servers["alpha"]
+
+        def leases(store):
+            asked.wait(20.0)
+            if store is alpha:
+                raise LeaseStoreError("it hangs")
+            return ()
+
+        monkeypatch.setattr(HTTPStore, "leases", leases)
+        assert LOOKS[look](pool)
+
+
+def test_an_error_of_ours_among_many_servers_is_raised(fleet, monkeypatch):
+    """It is no answer that can be left out."""
+    with make_pool(fleet, lease_store=None) as pool:
+        pool.open(wait=True)
+        monkeypatch.setattr(HTTPStore, "leases", lambda store: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pool.status()
+
+
+def test_without_threads_servers_are_asked_one_after_the_other(fleet, monkeypatch):
+    """Where the system starts no more threads, the caller's own does it."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with make_pool(fleet, lease_store=None) as pool, pool.gpu(timeout=20) as gpu:
+        monkeypatch.setattr("gpupool_sync.reporting.start", refuse)
+        assert [lease.gpus for lease in pool.leases().leases] == [[gpu.global_gpu_id]]
 
 
 def test_a_server_without_cards_is_healthy_and_empty(pool, fleet):
