@@ -811,6 +811,39 @@ def test_waiters_for_shares_are_served_together(store):
     assert hints.take() == [waits[0].id, waits[1].id]
 
 
+def test_what_the_first_share_leaves_is_for_the_next_in_line(store):
+    """Also if it is less than the first one took: who comes later does not get it."""
+    hints = Hints(store)
+    held = claim("a")
+    store.claim(held)
+    large, small = Share(memory_mb=6000.0), Share(memory_mb=4000.0)
+    waits = [claim("a", who=who, queue=True, share=share, room=10_000.0) for who, share in (("1", large), ("2", small))]
+    for wish in waits:
+        store.claim(wish)
+    store.release([held.id])
+
+    assert isinstance(store.claim(claim("a", who="late", share=small, room=10_000.0)), Refused)
+    assert hints.take() == [each.id for each in waits]
+    assert [granted(store.claim(each)) for each in waits] == [("a",), ("a",)]
+
+
+@pytest.mark.parametrize("amount", [1000.0, 6000.0])
+def test_a_whole_card_is_kept_from_what_fits_beside_the_first_share(store, amount):
+    """Who waits for all of it stands between the share before, however large, and younger ones."""
+    held = claim("a")
+    store.claim(held)
+    share = Share(memory_mb=amount)
+    first, whole = claim("a", who="first", queue=True, share=share, room=10_000.0), claim("a", who="whole", queue=True)
+    for wish in (first, whole):
+        store.claim(wish)
+    store.release([held.id])
+
+    younger = claim("a", who="younger", share=Share(memory_mb=4000.0), room=10_000.0)
+    assert isinstance(store.claim(younger), Refused)
+    assert granted(store.claim(first)) == ("a",)
+    assert isinstance(store.claim(attrs.evolve(younger, id="y2")), Refused)
+
+
 def test_a_waiter_for_a_whole_card_is_not_starved_by_shares(store, clock):
     """While somebody waits for the whole card, no younger share joins those that are on it."""
     share = Share(memory_mb=1000.0)

@@ -509,8 +509,10 @@ local function serve(plan, place, seq, contested)
           plan[key] = plan[key] or {}
           table.insert(plan[key], {t.id, t.m, t.a})
         end
+        -- There is room left as long as the smallest share fits, not one of the same size.
+        local least = t.m == 'memory' and 1e-6 or t.a
         for _, key in ipairs(picked or {}) do
-          if t.m == 'whole' or not fits(key, w.keys[key], t.m, t.a, plan[key]) then free[key] = nil end
+          if t.m == 'whole' or not fits(key, w.keys[key], t.m, least, plan[key]) then free[key] = nil end
         end
       end
     end

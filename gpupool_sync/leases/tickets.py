@@ -90,6 +90,15 @@ class _Plan:
         return max(parts, key=len, default=[])
 
 
+#: Fits wherever any share by memory does.
+_LEAST = Share(memory_mb=1e-6)
+
+
+def _least(share: Share) -> Share:
+    """The smallest one that may stand beside *share*: there is room left as long as this one fits, not its equal."""
+    return share if share.memory_mb is None else _LEAST
+
+
 class TicketQueue:
     """
     Tickets in the order of service.
@@ -234,7 +243,8 @@ class TicketQueue:
                 free = {
                     key
                     for key in free
-                    if key not in picked or (claim.share is not None and plan.fits(ticket.wanted[key], claim.share))
+                    if key not in picked
+                    or (claim.share is not None and plan.fits(ticket.wanted[key], _least(claim.share)))
                 }
         return hints
 
