@@ -316,11 +316,12 @@ class Histories(RuleBasedStateMachine):
             self.listen()
             return
         ticket = self.waiting.get(claim.id)
-        told = False
+        told = passed_by = False
         hinted = ticket is not None and ticket.hinted_at is not None and ticket.ready(now)
         if ticket is not None:
             ticket.place = max(ticket.first_place - MAX_FORWARD, min(ticket.place, now - claim.waited))
-            told = self.offers_cards and ticket.hinted_at is not None and ticket.ready(now) and ticket.passed_by
+            told = self.offers_cards and hinted and claim.count == 1 and claim.share is None
+            passed_by = ticket.passed_by
             ticket.hinted_at = None
             ticket.passed_by = False
             ticket.claim = claim
@@ -328,15 +329,13 @@ class Histories(RuleBasedStateMachine):
         self.seen_empty |= {key for key, ago in claim.emptied.items() if now - ago > self.closed.get(key, now)}
         # After the line above: what this claim tells of opens a card for those before it as well.
         cards = self.cards_to_have()
+        # Who was told of a card takes it, in that second, without a look at the queue: who came to stand before it is
+        # not seen, nor is an older one whose card such a one has taken, before or after.
         older = [
             other.claim
             for other in sorted(self.waiting.values(), key=lambda t: t.order)
-            if other.order < order and other.ready(now)
+            if other.order < order and other.ready(now) and not (told and (passed_by or other.passed_by))
         ]
-        if told and claim.count == 1 and claim.share is None:
-            # It takes what it was told of, in that second, without a look at the queue: who came to stand before it is
-            # not seen, nor is an older one whose card such a one has taken.
-            older = []
         outcome = self.stores[store].claim(claim)
         if isinstance(outcome, Granted):
             if not hinted:
