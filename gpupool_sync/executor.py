@@ -38,7 +38,6 @@ from gpupool_sync.errors import (
     ConfigError,
     GPUPoolError,
     LeaseLost,
-    NoSuchGPU,
     PoolClosed,
     RemoteGPUError,
 )
@@ -59,6 +58,8 @@ END_TIME = 30.0
 LOOK = 1.0
 #: Seconds after which a slot that ended by an error is replaced, as long as there is work.
 SLOT_RETRY = 10.0
+#: Seconds after which an error of a slot is told again, if it is of the same kind as one before.
+TELL_AGAIN = 3600.0
 #: Workers in a row that may die before they are ready for a task.
 DEATHS_AT_START = 3
 #: Seconds without a task after which a worker gives its GPU back.
@@ -288,7 +289,7 @@ class _Crew:
         self._deaths = 0  # in a row, of workers that were not ready yet
         self._gpus = 0  # known when slots were last started
         self._again_at = math.inf  # time.monotonic(): when slots are started in place of those that failed
-        self._told: set[tuple[type, int | None]] = set()  # the kinds of errors of slots, which are told once
+        self._told: dict[tuple[type, int | None], float] = {}  # kinds of errors of slots -> when they were told last
 
     # -- from outside ------------------------------------------------------------------------------------------
 
@@ -298,20 +299,22 @@ class _Crew:
                 f"this executor belongs to process {self._pid}, of which this one is a fork; make another"
             )
         future: Future[Any] = Future()
-        with self.lock:
-            if self._refuse is not None:
-                raise self._refuse()
-            if self._ending:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            self._queue[future] = work
-            self._changed.notify()
         future.add_done_callback(self._forget_cancelled)
+        queued = False
         try:
+            with self.lock:
+                if self._refuse is not None:
+                    raise self._refuse()
+                if self._ending:
+                    raise RuntimeError("cannot schedule new futures after shutdown")
+                queued = True
+                self._queue[future] = work
+                self._changed.notify()
             self.start_slots()
         except BaseException as exc:
             # Without a thread the others do it, if there are any. After an interrupt nobody has the future, so nobody
             # shall.
-            no_thread = isinstance(exc, RuntimeError)
+            no_thread = queued and isinstance(exc, RuntimeError)
             with self.lock:
                 others = no_thread and self._slots
                 taken_back = not others and self._queue.pop(future, None) is not None
@@ -408,8 +411,8 @@ class _Crew:
                 self._gpus, self._again_at = gpus, math.inf
                 if len(self._slots) >= limit or len(self._queue) <= sum(not each.busy for each in self._slots):
                     return
-                self._slots.add(slot)
                 try:
+                    self._slots.add(slot)
                     start(slot.thread)
                 except BaseException:
                     self._slots.discard(slot)  # if it runs all the same, it adds itself
@@ -503,13 +506,15 @@ class _Crew:
             # No GPU can be had for any task.
             self.fail_all(lambda: error, for_ever=False)
             return
-        for_good = isinstance(error, (NoSuchGPU, RemoteGPUError, ConfigError))
+        for_good = isinstance(error, (RemoteGPUError, ConfigError))
         kind = type(error), getattr(error, "errno", None)  # not the text, which may name a file that is new each time
+        now = time.monotonic()
         with self.lock:
-            news = kind not in self._told
-            self._told.add(kind)
+            news = now >= self._told.get(kind, -math.inf) + TELL_AGAIN
+            if news:
+                self._told[kind] = now
             if not for_good:
-                self._again_at = time.monotonic() + SLOT_RETRY
+                self._again_at = now + SLOT_RETRY
         level = logging.WARNING if news and not isinstance(error, AcquireTimeout) else logging.INFO
         how = "" if for_good else f" for {SLOT_RETRY:g} s"
         logger.log(level, "an executor does with one worker less%s: %s", how, error)
@@ -654,6 +659,7 @@ class _Slot:
             begun, answer = worker.do(work.task)
         except Exception as exc:  # no memory for its answer: whoever waits for it must not do so for ever
             future.set_exception(GPUPoolError(f"the result of {work.what} could not be received: {exc!r}"))
+            worker.signal(signal.SIGKILL)  # it may be in the middle of sending, and reads nothing meanwhile
             return False
         if answer is None:
             # Not a task that no worker can even receive: once more, not for ever.

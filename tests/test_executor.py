@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -146,7 +147,8 @@ def test_a_gpu_that_comes_free_after_the_timeout_gets_a_worker(pool, fleet, tmp_
         taken[1].release()
 
 
-def test_an_interrupt_while_a_task_is_submitted_is_not_lost(one, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["notify", "start_slots"])
+def test_an_interrupt_while_a_task_is_submitted_is_not_lost(one, tmp_path, monkeypatch, where):
     """Nobody has the future then, so nobody shall begin the task."""
     begun, go = tmp_path / "task", tmp_path / "go"
     first = one.submit(jobs.tell_and_wait, begun, go)
@@ -156,7 +158,7 @@ def test_an_interrupt_while_a_task_is_submitted_is_not_lost(one, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(one._crew, "start_slots", interrupted)
+        patch.setattr(one._crew._changed if where == "notify" else one._crew, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.submit(jobs.tell, tmp_path / "second", "")
     go.touch()
@@ -165,21 +167,23 @@ def test_an_interrupt_while_a_task_is_submitted_is_not_lost(one, tmp_path, monke
     assert not (tmp_path / "second").exists()
 
 
-def test_an_answer_for_which_there_is_no_memory(pool, monkeypatch):
-    """Whoever waits for it is told, and the executor goes on with another worker."""
+def test_an_answer_for_which_there_is_no_memory(pool, monkeypatch, caplog):
+    """Whoever waits for it is told, and another worker takes the place of the one that is still sending it."""
     with pool.executor(max_workers=1) as executor:
-        executor.submit(jobs.what_i_see).result(LONG)
-        do = executor_module._Worker.do
+        pid = executor.submit(os.getpid).result(LONG)
+        receive, calls = executor_module._Worker.receive, itertools.count()
 
-        def no_memory(worker, task):
-            do(worker, task)
-            monkeypatch.undo()
-            raise MemoryError
+        def no_memory(worker):
+            if next(calls) == 1:  # the first one said that the task has begun
+                assert multiprocessing.connection.wait([worker._results], LONG)
+                raise MemoryError
+            return receive(worker)
 
-        monkeypatch.setattr(executor_module._Worker, "do", no_memory)
-        with pytest.raises(GPUPoolError, match=r"result of what_i_see could not be received: MemoryError"):
-            executor.submit(jobs.what_i_see).result(LONG)
-        assert executor.submit(jobs.what_i_see).result(LONG)
+        monkeypatch.setattr(executor_module._Worker, "receive", no_memory)
+        with pytest.raises(GPUPoolError, match=r"the result of bytes could not be received: MemoryError"):
+            executor.submit(bytes, 8 << 20).result(LONG)
+        assert executor.submit(os.getpid).result(LONG) != pid
+    assert "does not end" not in caplog.text  # and is waited for
 
 
 @linux
