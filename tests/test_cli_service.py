@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gpupool_sync.cli import main
 from gpupool_sync.leases import mounts
@@ -123,7 +124,6 @@ def composed(node):
 
 def compose_service(capsys, *arguments) -> dict:
     """What a library of YAML reads."""
-    yaml = pytest.importorskip("yaml")
     return yaml.safe_load(printed(capsys, "--format", "compose", *arguments))["services"]["gpupool-sync"]
 
 
@@ -138,6 +138,7 @@ def test_a_file_for_compose(capsys):
 
 def test_compose_mounts_what_is_there_at_each_boot(capsys, monkeypatch, tmp_path):
     """The place of the lock directory, in which the server makes it for all; Docker would make it for root alone."""
+    monkeypatch.setattr(mounts.Mount, "is_in_memory", False)
     place = tmp_path / "a $place"
     place.mkdir()
     place.chmod(0o1777)
@@ -164,10 +165,26 @@ def test_compose_mounts_the_directory_itself_where_its_place_is_not_for_all(caps
     assert locks["bind"] == {"create_host_path": False}
 
 
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_compose_mounts_no_place_that_is_gone_after_a_boot(capsys, monkeypatch, tmp_path, is_in_memory):
+    """A directory in memory that somebody made. The lock directory itself is none, if its name ends in a slash."""
+    place = tmp_path / "place"
+    for directory in (place, place / "locks"):
+        directory.mkdir()
+        directory.chmod(0o1777)
+    monkeypatch.setattr(mounts.Mount, "is_in_memory", is_in_memory)
+    monkeypatch.setenv("GPU_POOL_LOCK_DIR", f"{place}/locks/")
+    text = printed(capsys, "--format", "compose")
+    assert (f'd "{place}/locks" 1777' in text) is is_in_memory
+    locks, _ = composed(compose_service(capsys))["volumes"]
+    assert locks["source"] == locks["target"] == (f"{place}/locks" if is_in_memory else str(place))
+
+
 @pytest.mark.parametrize(("how", "parent"), [("rprivate", True), ("rslave", True), (None, False)])
 def test_compose_mounts_as_a_server_knows_it_again(capsys, monkeypatch, tmp_path, how, parent):
     """A tmpfs that is mounted whole must be a slave of the machine's, to be known from one of the container's own."""
     tmp_path.chmod(0o1777)
+    monkeypatch.setattr(mounts.Mount, "is_in_memory", False)
     monkeypatch.setenv("GPU_POOL_LOCK_DIR", f"{tmp_path}/locks")
     monkeypatch.setattr(mounts, "bind_propagation", lambda fd, path: how)
     locks, _ = composed(compose_service(capsys))["volumes"]

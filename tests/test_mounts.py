@@ -344,7 +344,6 @@ print(json.dumps({
 @pytest.mark.parametrize(("kind", "mounted"), [("shared", "."), ("private", "gpupool_sync")])
 def test_a_file_for_compose_gives_a_container_the_locks(contain, tmp_path, kind, mounted):
     """After a boot too, when nobody has made the directory yet: then the server does, for everybody."""
-    pytest.importorskip("yaml")
     (tmp_path / "lock").mkdir()
     (tmp_path / "here").mkdir()
     command = [sys.executable, "-c", MACHINE, str(tmp_path / "lock"), kind, str(tmp_path / "here"), CONTAINER]

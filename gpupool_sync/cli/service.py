@@ -11,6 +11,9 @@ import sys
 
 import click
 
+#: What systems make at each boot, where it is on a file system in memory.
+_AT_EACH_BOOT = ("/run/lock", "/var/lock", "/tmp", "/dev/shm")  # noqa: S108 - to compare with
+
 #: A server is for other machines, unless it is told otherwise.
 DEFAULT = ("--host", "0.0.0.0")  # noqa: S104
 
@@ -145,11 +148,14 @@ def _place_of(locks: str) -> tuple[str, str | None, str]:
     """
     from gpupool_sync.leases import mounts
 
+    locks = os.path.normpath(locks)
     above = os.path.dirname(locks)
     with contextlib.suppress(OSError):
         fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            is_for_all = os.fstat(fd).st_mode & 0o1002 == 0o1002
+            mount = mounts.mount_of(fd)
+            lasts = mount is None or not mount.is_in_memory or os.path.realpath(above) in (mount.point, *_AT_EACH_BOOT)
+            is_for_all = lasts and os.fstat(fd).st_mode & 0o1002 == 0o1002
             propagation = mounts.bind_propagation(fd, above) if is_for_all else None
         finally:
             os.close(fd)

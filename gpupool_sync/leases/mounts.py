@@ -43,9 +43,14 @@ class Mount:
     is_shared: bool  # others may follow it
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether it is empty after a boot."""
+        return self.kind in ("tmpfs", "ramfs")
+
+    @property
     def is_whole_tmpfs(self) -> bool:
         """Whether somebody may have made it for this very place: of others only a part is mounted."""
-        return self.kind in ("tmpfs", "ramfs") and self.root == "/"
+        return self.is_in_memory and self.root == "/"
 
 
 def mount_of(fd: int, root: str = "/") -> Mount | None:
