@@ -344,7 +344,7 @@ def test_clients_end_in_time_though_nobody_answers(tmp_path):
 # -- a client that goes without a word ---------------------------------------------------------------------------------
 
 #: Seconds that half a request, an idle connection and a long poll last in that server: enough to open and to cut them.
-LASTS = 10.0
+LASTS = 25.0
 
 SERVE_IMPATIENTLY = f"""
 import sys
