@@ -23,6 +23,7 @@ from gpupool_sync.choosing import Limits, Screened
 from gpupool_sync.counting import Counters
 from gpupool_sync.handle import Grant, Owner
 from gpupool_sync.leases.base import Holder, LeaseStore
+from gpupool_sync.leases.shared import user_name
 from gpupool_sync.models import GPURequest, Snapshot
 from gpupool_sync.outage import Outages
 from gpupool_sync.strategies import make_strategy
@@ -314,11 +315,6 @@ class PoolState:
 
 
 def _make_holder(name: str | None) -> Holder:
-    import getpass
     import socket
 
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # no entry for the uid: containers
-        user = str(os.getuid()) if hasattr(os, "getuid") else "?"
-    return Holder(id=os.urandom(8).hex(), name=name, user=user, host=socket.gethostname(), pid=os.getpid())
+    return Holder(id=os.urandom(8).hex(), name=name, user=user_name(), host=socket.gethostname(), pid=os.getpid())

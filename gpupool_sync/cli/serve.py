@@ -192,10 +192,11 @@ def _simulated_name(host: str, port: int) -> str:
 
 
 def _init(directory: Path, host: str | None, port: str | None, as_json: bool) -> None:
+    from gpupool_sync.leases.shared import user_name
     from gpupool_sync.server import run, setup
 
     options = run.Options.resolve(host=host, port=port)
-    made = setup.init(directory, _user())
+    made = setup.init(directory, user_name())
     name = run.url_of("" if options.host == run.Options().host else options.host, options.port).partition("://")[2]
     where = name.rpartition(":")[0].strip("[]"), options.port
     url, admin_url = made.url(*where), made.admin_url(*where)
@@ -222,15 +223,6 @@ def _init(directory: Path, host: str | None, port: str | None, as_json: bool) ->
     click.echo(f'    python3 -c "{making}" >> {shlex.quote(made.tokens)}')
     click.echo(f"For yourself alone: {made.admin} takes GPUs back from anybody (its token is in the same file):")
     click.echo(f"    GPU_SERVICE_ENDPOINTS='{admin_url}' gpupool-sync release --force GPU")
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no entry for the uid: containers
-        return "user"
 
 
 def _only_with_simulate(context: click.Context, simulate: str | None) -> None:

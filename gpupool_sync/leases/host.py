@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import getpass
 import hashlib
 import json
 import os
@@ -53,7 +52,7 @@ from gpupool_sync.leases.base import (
 )
 from gpupool_sync.leases.documents import BadDocument, digest, holder_document, read_share
 from gpupool_sync.leases.mounts import mount_of, why_private
-from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open
+from gpupool_sync.leases.shared import CLOSED, Gone, Subscribers, is_open, user_name
 from gpupool_sync.leases.tickets import ANSWER_TIME, MAX_FORWARD, TicketQueue
 from gpupool_sync.models import Reason
 from gpupool_sync.wire import clean_text
@@ -519,7 +518,7 @@ class HostStore:
         self._boot = boot_id()
         self._boot_json = f'"boot":{json.dumps(self._boot)}'
         self._boot_mark = self._boot_json.encode()
-        self._user = _user_name()
+        self._user = user_name()
         self._fresh_state()
 
     def _fresh_state(self) -> None:
@@ -2383,13 +2382,6 @@ def _holder_from(data: Mapping[str, Any]) -> Holder:
         host=str(data.get("host", "?"))[:255],
         pid=int(data.get("pid", 0)),
     )
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 _stores: dict[str, HostStore] = {}

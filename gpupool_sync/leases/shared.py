@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,16 @@ def reopen(closed: dict[str, float], emptied: Mapping[str, float], now: float) -
     for key in opened:
         del closed[key]
     return opened
+
+
+def user_name() -> str:
+    """Whose process this is, for people; the number of a user without a name, as in containers."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "?"
 
 
 class Subscribers:
