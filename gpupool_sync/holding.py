@@ -85,21 +85,23 @@ def finish_interrupted(state: PoolState, *, at_once: bool = False) -> None:
         try:
             if grant.released:
                 _finish(state, grant, _outlived(grant))
-            elif grant.lease is None:
-                give_up(state, grant, wait=False)
             else:
-                release(state, grant, wait=False)
+                _undo(state, grant, wait=False)
         except Exception:
             # A store of the user's, perhaps. The monitor's thread must go on.
             logger.exception("a release that was interrupted could not be finished; it is tried again")
             grant.ending = now
 
 
+def _undo(state: PoolState, grant: Grant, wait: bool) -> None:
+    # Not give_up() for a lease: a child of popen() may still run.
+    give_up(state, grant, wait=wait) if grant.lease is None else release(state, grant, wait=wait)
+
+
 def _collect(state: PoolState, grant: Grant, wait: bool) -> None:
     """A claim that nobody can use or release any more."""
     if grant.lease is None or not grant.delivered:
-        # Not _give_up for a lease: a child of popen() may still run.
-        give_up(state, grant, wait=wait) if grant.lease is None else release(state, grant, wait=wait)
+        _undo(state, grant, wait)
         return
     state.counters.add("forgotten")
     grant.forgotten = True
