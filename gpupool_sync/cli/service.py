@@ -44,8 +44,8 @@ def _program() -> list[str]:
 
 
 def _systemd_word(word: str) -> str:
-    """Quoted, with its specifiers, variables and escapes doubled."""
-    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    """Quoted, with its specifiers and escapes doubled."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", word) + '"'
 
 
@@ -67,7 +67,7 @@ def _compose_word(word: str) -> str:
 
 
 def _systemd(options: tuple[str, ...]) -> str:
-    command = " ".join(map(_systemd_word, (*_program(), *options)))
+    command = " ".join(map(_systemd_word, (*_program(), *options))).replace("$", "$$")  # no variables
     return f"""\
 # ~/.config/systemd/user/gpupool-sync.service; then
 #   systemctl --user daemon-reload && systemctl --user enable --now gpupool-sync
@@ -165,7 +165,7 @@ def _place_of(locks: str) -> tuple[str, str | None, str]:
                 return above, None, about
             about += "\n# As a slave of the host's it is known from a tmpfs of the container's own."
             return above, propagation, about
-    line = f"d {_systemd_word(locks).replace('$$', '$')} 1777 root root -"  # the quotes are the same, but no variables
+    line = f"d {_systemd_word(locks)} 1777 root root -"
     return (
         locks,
         None,
