@@ -499,8 +499,9 @@ def test_a_hostile_list_is_refused_or_loses_its_bad_entries(arbiter, call):
     fit_for_a_line(f"{found[0].holder} {found[0].note}")
 
 
-def test_a_pool_with_a_hostile_arbiter_grants_elsewhere(caplog):
-    """The cards are good and their arbiter is not: nothing there is granted, and the decent server's card is."""
+@pytest.fixture
+def beside(caplog):
+    """What a server with two good cards says, which is their arbiter, and a pool of it and of a decent one."""
     caplog.set_level(logging.DEBUG, logger="gpupool_sync")
     board = Board()
     board.put("/gpu/summary", body(written(summary(gpu(1, uuid="GPU-1"), gpu(2, uuid="GPU-2"), leases={"version": 1}))))
@@ -508,56 +509,58 @@ def test_a_pool_with_a_hostile_arbiter_grants_elsewhere(caplog):
         named = Endpoint(hostile.url, name="hostile"), Endpoint(well.url, name="well")
         with make_pool(*named, ttl=300.0, lease_store=None) as pool:
             pool.open(wait=True)
-
-            def give(name: str) -> None:
-                board.put(CLAIM, CLAIMS[name])
-                with bounded(AMPLE), pytest.raises(AcquireTimeout) as caught:
-                    pool.acquire(timeout=0, endpoint="hostile")
-                for line in str(caught.value).split("\n"):
-                    fit_for_a_line(line, longest=3000)
-                with pool.gpu(timeout=0, endpoint="well") as granted:
-                    assert granted.uuid == "GPU-well"
-                fit_for_screens(pool, caplog)
-
-            in_turn(list(CLAIMS), give)
-            # They were good cards, and nothing that was said of them is kept.
-            board.put(CLAIM, body(written(grant())))
-            with pool.gpu(timeout=20, endpoint="hostile") as granted:
-                assert granted.uuid == "GPU-1"
+            yield board, pool
 
 
-def test_a_pool_goes_on_whatever_an_arbiter_says_later(caplog):
+def test_a_pool_with_a_hostile_arbiter_grants_elsewhere(beside, caplog):
+    """The cards are good and their arbiter is not: nothing there is granted, and the decent server's card is."""
+    board, pool = beside
+
+    def give(name: str) -> None:
+        board.put(CLAIM, CLAIMS[name])
+        with bounded(AMPLE), pytest.raises(AcquireTimeout) as caught:
+            pool.acquire(timeout=0, endpoint="hostile")
+        for line in str(caught.value).split("\n"):
+            fit_for_a_line(line, longest=3000)
+        with pool.gpu(timeout=0, endpoint="well") as granted:
+            assert granted.uuid == "GPU-well"
+        fit_for_screens(pool, caplog)
+
+    in_turn(list(CLAIMS), give)
+    # They were good cards, and nothing that was said of them is kept.
+    board.put(CLAIM, body(written(grant())))
+    with pool.gpu(timeout=20, endpoint="hostile") as granted:
+        assert granted.uuid == "GPU-1"
+
+
+def test_a_pool_goes_on_whatever_an_arbiter_says_later(beside, caplog):
     """Of what was given back, who holds what and who waits: leases at the decent server are as before, and listed."""
-    caplog.set_level(logging.DEBUG, logger="gpupool_sync")
-    board = Board()
-    board.put("/gpu/summary", body(written(summary(gpu(1, uuid="GPU-1"), gpu(2, uuid="GPU-2"), leases={"version": 1}))))
-    with Server(board.script) as hostile, Server(WELL) as well:
-        named = Endpoint(hostile.url, name="hostile"), Endpoint(well.url, name="well")
-        with make_pool(*named, ttl=300.0, lease_store=None) as pool, pool.gpu(timeout=20, endpoint="well") as mine:
+    board, pool = beside
+    with pool.gpu(timeout=20, endpoint="well") as mine:
 
-            def give_release(name: str) -> None:
-                board.put(CLAIM, body(written(grant())))
-                board.put(RELEASE, body(b"{}"))  # also for what the one before left owed
-                with bounded(AMPLE):
-                    lease = pool.acquire(timeout=20, endpoint="hostile")
-                    board.put(RELEASE, RELEASES[name])
-                    lease.release()
-                assert pool.stats()["held"] == 1
-                mine.check()
-                fit_for_screens(pool, caplog)
-
-            def give_list(name: str) -> None:
-                for path in ("/v1/leases", "/v1/queue"):
-                    board.put(path, LISTS[name])
-                with bounded(AMPLE):
-                    found = pool.leases()
-                listed = {tuple(each.gpus): each.token for each in found.leases}
-                assert listed[(mine.global_gpu_id,)] == mine.fencing_token
-                check_page(found._repr_html_())
-                for line in str(found).split("\n"):
-                    fit_for_a_line(line, longest=3000)
-                caplog.clear()
-
-            in_turn(list(RELEASES), give_release)
-            in_turn(list(LISTS), give_list)
+        def give_release(name: str) -> None:
+            board.put(CLAIM, body(written(grant())))
+            board.put(RELEASE, body(b"{}"))  # also for what the one before left owed
+            with bounded(AMPLE):
+                lease = pool.acquire(timeout=20, endpoint="hostile")
+                board.put(RELEASE, RELEASES[name])
+                lease.release()
+            assert pool.stats()["held"] == 1
             mine.check()
+            fit_for_screens(pool, caplog)
+
+        def give_list(name: str) -> None:
+            for path in ("/v1/leases", "/v1/queue"):
+                board.put(path, LISTS[name])
+            with bounded(AMPLE):
+                found = pool.leases()
+            listed = {tuple(each.gpus): each.token for each in found.leases}
+            assert listed[(mine.global_gpu_id,)] == mine.fencing_token
+            check_page(found._repr_html_())
+            for line in str(found).split("\n"):
+                fit_for_a_line(line, longest=3000)
+            caplog.clear()
+
+        in_turn(list(RELEASES), give_release)
+        in_turn(list(LISTS), give_list)
+        mine.check()

@@ -16,8 +16,8 @@ import weakref
 
 import pytest
 
-from cards import HERE, Cards
-from gpupool_sync import Endpoint, GPUPool, acquiring, devices, holding, starting
+from cards import Cards, local_pool
+from gpupool_sync import Endpoint, GPUPool, acquiring, holding, starting
 from gpupool_sync.config import Settings
 from gpupool_sync.errors import EndpointUnavailable, GPUPoolError
 from gpupool_sync.leases import host
@@ -257,11 +257,14 @@ def test_what_the_user_is_handling_meanwhile_is_left_alone():
     assert kept == {"batch": 17}
 
 
+def one_card(monkeypatch, tmp_path):
+    """A pool over it, with the locks of a host."""
+    return local_pool(monkeypatch, Cards(1), lease_store=HostStore(str(tmp_path / "locks")))
+
+
 def test_a_generator_of_the_users_goes_on(monkeypatch, tmp_path):
     """One that holds a GPU, and survived what was thrown into it."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
-    with GPUPool(lease_store=HostStore(str(tmp_path / "locks")), poll_interval=0.1) as pool:
+    with one_card(monkeypatch, tmp_path) as pool:
 
         def worker():
             with pool.gpu(timeout=60) as gpu:
@@ -302,9 +305,7 @@ def interrupted_once(monkeypatch, where, name, after):
 @pytest.mark.parametrize("how", ["with", "acquire"])
 def test_an_interrupted_release_is_finished_though_its_traceback_is_kept(monkeypatch, tmp_path, how, after):
     """As a notebook keeps it until the next error."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
-    with GPUPool(lease_store=HostStore(str(tmp_path / "locks")), poll_interval=0.1) as pool:
+    with one_card(monkeypatch, tmp_path) as pool:
         pool.open(wait=True)
         kept = []
         interrupted_once(monkeypatch, HostStore, "release", after)
@@ -325,9 +326,7 @@ def test_an_interrupted_release_is_finished_though_its_traceback_is_kept(monkeyp
 
 def test_a_claim_that_was_given_up_and_interrupted_in_that_is_undone(monkeypatch, tmp_path):
     """A second Ctrl-C; it had been granted right before the first."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
-    with GPUPool(lease_store=HostStore(str(tmp_path / "locks")), poll_interval=0.1) as pool:
+    with one_card(monkeypatch, tmp_path) as pool:
         pool.open(wait=True)
         interrupted_once(monkeypatch, HostStore, "claim", True)
         interrupted_once(monkeypatch, HostStore, "release", False)
@@ -340,12 +339,10 @@ def test_a_claim_that_was_given_up_and_interrupted_in_that_is_undone(monkeypatch
 
 def test_closing_finishes_what_was_interrupted(monkeypatch, tmp_path):
     """Two Ctrl-C, and the end of the `with` block right after."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
     store = HostStore(str(tmp_path / "locks"))
 
     def program():
-        with GPUPool(lease_store=store, poll_interval=0.1) as pool:
+        with local_pool(monkeypatch, Cards(1), lease_store=store) as pool:
             pool.open(wait=True)
             interrupted_once(monkeypatch, HostStore, "claim", True)
             interrupted_once(monkeypatch, HostStore, "release", False)
@@ -359,8 +356,6 @@ def test_closing_finishes_what_was_interrupted(monkeypatch, tmp_path):
 
 def test_a_release_that_breaks_does_not_end_the_polls(monkeypatch, tmp_path, caplog):
     """A store of the user's, say: it is told again and again, and the pool goes on reading."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
     monkeypatch.setattr(holding, "INTERRUPTED_AFTER", 0.0)
     broken = threading.Event()
 
@@ -370,7 +365,7 @@ def test_a_release_that_breaks_does_not_end_the_polls(monkeypatch, tmp_path, cap
         return release(store, ids)
 
     release = HostStore.release
-    with GPUPool(lease_store=HostStore(str(tmp_path / "locks")), poll_interval=0.05) as pool:
+    with one_card(monkeypatch, tmp_path) as pool:
         gpu = pool.acquire(timeout=60)
         broken.set()
         monkeypatch.setattr(HostStore, "release", breaks)
@@ -386,8 +381,6 @@ def test_a_release_that_breaks_does_not_end_the_polls(monkeypatch, tmp_path, cap
 
 def test_a_release_that_two_threads_finish_is_counted_once(monkeypatch, tmp_path):
     """One that is only slow is taken for an interrupted one."""
-    monkeypatch.setattr(devices, "open_reader", lambda: Cards(1))
-    monkeypatch.setattr(devices, "host_identity", lambda: HERE)
     monkeypatch.setattr(holding, "INTERRUPTED_AFTER", 0.0)
     overtaken = threading.Event()
     release = HostStore.release
@@ -399,7 +392,7 @@ def test_a_release_that_two_threads_finish_is_counted_once(monkeypatch, tmp_path
         else:
             overtaken.set()
 
-    with GPUPool(lease_store=HostStore(str(tmp_path / "locks")), poll_interval=0.05) as pool:
+    with one_card(monkeypatch, tmp_path) as pool:
         gpu = pool.acquire(timeout=60)
         monkeypatch.setattr(HostStore, "release", slowly)
         monkeypatch.setattr(HostStore, "withdraw", slowly)
